@@ -1,0 +1,238 @@
+"""The recipe: everything that decides a run, as frozen dataclasses.
+
+A docstring under a field is that field's documentation: `shot recipe keys` and the errors read it from here.
+Field types are limited to bool, int, float, str, tuples of those, `dict[str, float]`, and tuples of dataclasses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus of the mixture."""
+
+    path: str = "python"
+    """`python` (the interpreter's standard library), a file, a folder, a glob, or `hf:OWNER/NAME[/GLOB]`."""
+    name: str = ""
+    """How tables call it; empty takes it from the path."""
+    format: str = "auto"
+    """`auto` (by suffix), `text` (one document a file), `jsonl` or `parquet`."""
+    weight: float = 1.0
+    """Share of the sequences drawn from this source, relative to the others."""
+    max_epochs: float = 0.0
+    """Passes after which the source is used up and the others take its share; 0 sets no bound."""
+    text_field: str = "text"
+    """Field that holds the text, in JSONL and Parquet."""
+    id_field: str = "id"
+    """Field that names the document; where it is absent, the file and the place in it do."""
+    language_field: str = ""
+    """Field that holds the document's language; empty takes `language` for all."""
+    language: str = "und"
+    """Language of documents that do not say (BCP 47, or a programming language's name)."""
+    modality: str = "text"
+    """`text`; images come later under the same field."""
+    exclude: tuple[str, ...] = ()
+    """Globs, matched against the path inside the source, of files to leave out."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Weights that hold from a point of the run on."""
+
+    start: float = 0.0
+    """Share of the run's sequences after which this phase begins, in [0, 1)."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight by source name; a source that is not named keeps its own."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read, how it is cut into tokens, and what is held out."""
+
+    sources: tuple[Source, ...] = (Source(),)
+    """The mixture."""
+    phases: tuple[Phase, ...] = ()
+    """Changes of the mixture's weights during the run."""
+    tokenizer: str = "bpe"
+    """`bpe` trains a byte-level BPE of `model.vocabulary` entries on the sources; else a `tokenizer.json`, a folder that holds one,
+    or `hf:OWNER/NAME`."""
+    held_out: float = 0.05
+    """Share of whole documents held out of training, chosen by a hash of their ids."""
+    skip: tuple[int, ...] = ()
+    """Steps whose batches are left out (the following ones move up)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The trunk's shape."""
+
+    layers: int = 6
+    """Blocks."""
+    width: int = 384
+    """Width of the residual stream, D."""
+    heads: int = 6
+    """Query heads, H."""
+    kv_heads: int = 2
+    """Key and value heads, K: `heads` is MHA, 1 is MQA, between is GQA."""
+    head_width: int = 0
+    """Width of a head, C; 0 takes width / heads."""
+    hidden: int = 0
+    """Width inside the feed-forward, F; 0 takes 8/3 of the width, rounded up to a multiple of 64."""
+    vocabulary: int = 8192
+    """Rows of the embedding, special tokens included; 0 takes the tokenizer's size, rounded up to a multiple of 64."""
+    context: int = 512
+    """Longest sequence in tokens, T."""
+    tied_embeddings: bool = False
+    """The head shares the embedding's matrix."""
+    qk_norm: bool = True
+    """RMSNorm on each query and key head before RoPE."""
+    rope_base: float = 10_000.0
+    """Base of RoPE's wavelengths."""
+    softcap: float = 0.0
+    """Logits become softcap * tanh(logits / softcap); 0 leaves them alone."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is predicted, and what else the loss holds."""
+
+    kind: str = "causal"
+    """`causal`: each token from those before it in its document."""
+    z_loss: float = 1e-4
+    """Weight of the squared log-partition of the softmax; keeps logits from drifting."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How gradients become updates."""
+
+    name: str = "muon"
+    """`muon` (matrices of the blocks by Muon, everything else by AdamW), `adamw`, or `file.py:Class`."""
+    learning_rate: float = 0.02
+    """Peak learning rate of the blocks' matrices at `base_width`."""
+    embedding_learning_rate: float = 0.0
+    """Peak learning rate of the embedding; 0 takes the optimizer's default relation to `learning_rate`."""
+    head_learning_rate: float = 0.0
+    """Peak learning rate of the head at `base_width`; 0 as above."""
+    vector_learning_rate: float = 0.0
+    """Peak learning rate of gains; 0 as above."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the blocks' matrices; nothing else decays."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    transfer: str = "width"
+    """`width` scales learning rates from `base_width` so that the best one stays put; `none` applies what is written."""
+    base_width: int = 256
+    """Width at which the learning rates were tuned."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the run."""
+
+    kind: str = "wsd"
+    """`wsd` (warmup, stable, decay), `cosine` or `constant`."""
+    warmup: float = 0.02
+    """Share of the run's steps spent rising from 0."""
+    decay: float = 0.4
+    """Share of the run's steps spent falling, for `wsd`."""
+    final: float = 0.0
+    """Learning rate at the end as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How much one update sees."""
+
+    tokens: int = 8192
+    """Tokens an update, over all ranks; a multiple of `model.context`."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long the run is: exactly one is set."""
+
+    tokens: int = 0
+    """Training tokens."""
+    flops: float = 0.0
+    """Training FLOPs by the structure of the model."""
+    minutes: float = 0.0
+    """Wall-clock of the training loop; measured at the first start and kept as tokens in probes.json."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the arithmetic is laid out; may change on the way."""
+
+    micro_tokens: int = 0
+    """Tokens one forward pass of one rank sees; a divisor of the batch. 0 takes what is known to be quick here."""
+    dtype: str = "auto"
+    """Type of the matmuls: `auto` (a probe decides), `bfloat16` or `float32`. Master weights are float32 always."""
+    compile: str = "auto"
+    """`auto` (a probe decides), `on` or `off`: torch.compile of each block."""
+    threads: int = 0
+    """CPU threads; 0 takes the cores that this process may use."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved; may change on the way."""
+
+    every_steps: int = 0
+    """Save each so many steps; 0 leaves it to `every_minutes`."""
+    every_minutes: float = 10.0
+    """Save when so long has passed since the last save; 0 saves only at the end."""
+    keep: int = 2
+    """Checkpoints kept besides the last verified one."""
+
+
+@dataclass(frozen=True)
+class Evals:
+    """What is measured during the run; may change on the way."""
+
+    every_steps: int = 0
+    """Held-out loss each so many steps; 0 takes a tenth of the run. The last step is always measured."""
+    tokens: int = 65_536
+    """Held-out tokens a source for each measurement during the run."""
+    final_tokens: int = 0
+    """Held-out tokens a source after the last step; 0 takes all."""
+    prompts: tuple[str, ...] = ()
+    """Prompts completed at each measurement, for samples.jsonl."""
+    sample_tokens: int = 64
+    """Length of such a completion."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run."""
+
+    name: str = ""
+    """Name of the run directory, unless `--name` gives another."""
+    seed: int = 0
+    """Seed of the initialisation and of the order of the data."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    batch: Batch = field(default_factory=Batch)
+    duration: Duration = field(default_factory=Duration)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evals: Evals = field(default_factory=Evals)
+
+
+IDENTITY_EXCLUDES = ("name", "parallel", "checkpoint", "evals", "data.skip")
+"""Keys that may change between incarnations of one run (design: Contracts, Recipe)."""
