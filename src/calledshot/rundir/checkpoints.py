@@ -1,0 +1,253 @@
+"""Checkpoints inside a run directory: complete or not there at all, hashed, and never deleted down to none."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calledshot.recipe.errors import RunError, UsageError
+from calledshot.rundir.files import (
+    atomic_write,
+    is_disk_full,
+    read_json,
+    sync_folder,
+    utc_now,
+    write_failure,
+    write_json,
+)
+
+_NAME = re.compile(r"step-(\d+)")
+_PARTIAL, _TRASH, _OLD = ".partial-", ".trash-", ".old-"
+_THREADS = 8  # hashlib and fsync both leave Python's lock
+MANIFEST, VERIFIED, LATEST = "manifest.json", "verified.json", "latest"
+
+
+@dataclass(frozen=True)
+class CheckpointFound:
+    """The checkpoint to continue from."""
+
+    step: int
+    path: Path
+    passed_over: tuple[str, ...] = ()
+    """Newer checkpoints that were damaged, each as one line that says what is wrong with it."""
+
+
+class Checkpoints:
+    """The checkpoints of the run at `path`, one folder a step: `checkpoints/step-0001000/` with `manifest.json`.
+
+    A save is `begin_checkpoint`, files written into the folder it gives (by any number of ranks), `publish_checkpoint`;
+    one at a time. Until published, nothing of it counts, and what a killed save left goes at the next one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path / "checkpoints"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the published checkpoint of a step is."""
+        return self.folder / f"step-{step:07d}"
+
+    def partial_checkpoint_path(self, step: int) -> Path:
+        """Where the files of a checkpoint that is being written go; the same on every rank."""
+        return self.folder / f"{_PARTIAL}{self.checkpoint_path(step).name}"
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """Clears what interrupted saves left and returns the empty folder to write into. Only one process calls it."""
+        partial = self.partial_checkpoint_path(step)
+        try:
+            self.repair_checkpoints()
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise write_failure(partial, error) from error
+        return partial
+
+    def publish_checkpoint(self, step: int, incarnation: int = 0) -> Path:
+        """Makes what was written under `partial_checkpoint_path(step)` the checkpoint of that step, and the latest.
+
+        Every file is flushed to the disk and hashed, then the manifest is written, then the folder gets its name, then
+        `latest` moves. An earlier checkpoint of the same step is replaced. RunError when the disk is full; older
+        checkpoints are untouched.
+        """
+        partial, final = self.partial_checkpoint_path(step), self.checkpoint_path(step)
+        old = self.folder / f"{_OLD}{final.name}"
+        try:
+            names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+            with ThreadPoolExecutor(_THREADS) as pool:
+                entries = list(pool.map(lambda name: _seal(partial / name), names))
+            for folder in [*(folder for folder in partial.rglob("*") if folder.is_dir()), partial]:
+                sync_folder(folder)
+            manifest = {
+                "step": step,
+                "incarnation": incarnation,
+                "time": utc_now(),
+                "files": dict(zip(names, entries, strict=True)),
+            }
+            write_json(partial / MANIFEST, manifest)
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+            sync_folder(self.folder)
+            atomic_write(self.folder / LATEST, f"{final.name}\n")
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise write_failure(partial, error) from error
+        return final
+
+    @contextmanager
+    def checkpoint_writer(self, step: int, incarnation: int = 0) -> Iterator[Path]:
+        """A save by one process: yields the folder to write into, publishes it at the end, removes it on any error."""
+        partial = self.begin_checkpoint(step)
+        try:
+            yield partial
+            self.publish_checkpoint(step, incarnation)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if is_disk_full(error) and not isinstance(error, RunError):
+                raise write_failure(partial, error) from error
+            raise
+
+    def repair_checkpoints(self) -> None:
+        """Finishes or removes what a killed save or prune left. Only for the process that holds the run's lock."""
+        if not self.folder.is_dir():
+            return
+        for entry in list(self.folder.iterdir()):
+            if entry.name.startswith(_OLD):  # killed between the two renames of a replacement, or just after them
+                final = self.folder / entry.name.removeprefix(_OLD)
+                if not final.exists():
+                    entry.rename(final)
+                    continue
+            if entry.name.startswith((_PARTIAL, _TRASH, _OLD)):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def complete_checkpoints(self) -> list[int]:
+        """Steps, ascending, whose checkpoint has its manifest and every file in full size; hashes are not looked at."""
+        if not self.folder.is_dir():
+            return []
+        steps = (int(match[1]) for entry in self.folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
+        return sorted(step for step in steps if self._fault(step, hashes=False) is None)
+
+    def latest(self) -> int | None:
+        """Step of the checkpoint to continue from, by name and size alone; None when there is none."""
+        return next(iter(self._candidates()), None)
+
+    def latest_checkpoint(self, verify: bool = True) -> CheckpointFound | None:
+        """The newest checkpoint whose hashes are right; None when no save was ever finished.
+
+        Damaged ones are passed over and named in the answer. RunError when there are some and every one is damaged.
+        """
+        passed_over: list[str] = []
+        for step in self._candidates(complete=False):
+            fault = self._verify(step) if verify else self._fault(step, hashes=False)
+            if fault is None:
+                return CheckpointFound(step, self.checkpoint_path(step), tuple(passed_over))
+            passed_over.append(fault)
+        if passed_over:
+            raise RunError(
+                f"no checkpoint is whole: {passed_over[0]}; restore {self.folder} from a copy, or start a new run"
+            )
+        return None
+
+    def verify(self, step: int) -> None:
+        """Checks every file of a checkpoint against its hash.
+
+        RunError names the damaged file and the checkpoint to fall back on; UsageError when there is none of that step.
+        """
+        if not self.checkpoint_path(step).is_dir():
+            known = ", ".join(map(str, self.complete_checkpoints())) or "none"
+            raise UsageError(f"{self.path}: has no checkpoint of step {step}; complete ones: {known}")
+        if fault := self._verify(step):
+            others = (other for other in self._candidates() if other != step)
+            good = next((other for other in others if self._verify(other) is None), None)
+            way_out = (
+                "no other checkpoint is good" if good is None else f"the newest other good checkpoint is step {good}"
+            )
+            raise RunError(f"{fault}; {way_out}")
+
+    def prune(self, keep: int) -> list[int]:
+        """Deletes old checkpoints and returns their steps.
+
+        Stay: the `keep` newest (at least one), and the newest that was verified; when none was, they are verified now,
+        newest first. When not one is good, nothing is deleted.
+        """
+        candidates = self._candidates()
+        good = next((step for step in candidates if (self.checkpoint_path(step) / VERIFIED).exists()), None)
+        if good is None:
+            good = next((step for step in candidates if self._verify(step) is None), None)
+        if good is None:
+            return []
+        doomed = sorted(set(self.complete_checkpoints()) - {good, *candidates[: max(keep, 1)]})
+        for step in doomed:
+            path = self.checkpoint_path(step)
+            trash = self.folder / f"{_TRASH}{path.name}"
+            path.rename(trash)  # so that a half-deleted checkpoint never carries the name of a whole one
+            shutil.rmtree(trash, ignore_errors=True)
+        return doomed
+
+    def _candidates(self, complete: bool = True) -> list[int]:
+        """Steps to continue from, best first: the latest and those before it; later ones were left by a rollback."""
+        if complete:
+            steps = self.complete_checkpoints()
+        else:
+            names = (entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else ()
+            steps = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
+        pointer = None
+        with suppress(OSError, UnicodeDecodeError):
+            pointer = _NAME.fullmatch((self.folder / LATEST).read_text().strip())
+        return sorted((step for step in steps if pointer is None or step <= int(pointer[1])), reverse=True)
+
+    def _verify(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, None and a note beside it when its hashes are right."""
+        fault = self._fault(step, hashes=True)
+        if fault is None:
+            with suppress(RunError):  # a run on a read-only disk can be verified too
+                write_json(self.checkpoint_path(step) / VERIFIED, {"time": utc_now()})
+        else:
+            with suppress(OSError):
+                (self.checkpoint_path(step) / VERIFIED).unlink()
+        return fault
+
+    def _fault(self, step: int, hashes: bool) -> str | None:
+        """What is wrong with a checkpoint, as one line that begins with the damaged file."""
+        path = self.checkpoint_path(step)
+        try:
+            manifest = read_json(path / MANIFEST)
+            files: dict[str, dict[str, Any]] = manifest["files"]
+            expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        except (OSError, RunError, KeyError, TypeError, ValueError, AttributeError):
+            return f"{path / MANIFEST}: is missing or damaged, so the checkpoint is not complete"
+        for name, (size, _) in expected.items():
+            try:
+                actual = (path / name).stat().st_size
+            except OSError as error:
+                return f"{path / name}: cannot be read ({error.strerror})"
+            if actual != size:
+                return f"{path / name}: has {actual} bytes where its manifest says {size}"
+        if hashes:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                faults = pool.map(lambda name: _hash_fault(path / name, expected[name][1]), expected)
+                return next(filter(None, faults), None)
+        return None
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Flushes a file to the disk; its entry in the manifest."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _hash_fault(path: Path, sha256: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None if actual == sha256 else f"{path}: is damaged (its sha256 is not the manifest's)"
