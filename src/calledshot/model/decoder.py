@@ -1,0 +1,214 @@
+"""The Noam decoder: RMSNorm, SwiGLU, grouped-query attention with QK-norm, RoPE, no biases.
+
+Shapes, as suffixes: B batch, T target length, S source length, D width, H query heads, K key/value heads, G = H / K,
+C head width, F hidden, V vocabulary.
+
+Parameters are stored so that the last two axes are always one matrix and the axes before it a batch of independent ones
+(heads, the two halves of the gate): Muon orthogonalises the last two axes, tensor parallelism shards the first.
+
+| parameter | shape | initialised |
+|---|---|---|
+| embedding_VD | (V, D) | normal, 1 (tied: 1 / sqrt(D)) |
+| blocks.N.qkv_KXCD | (K, G + 2, C, D) | normal, 1 / sqrt(D); per key head its G query heads, then key, then value |
+| blocks.N.out_DHC | (D, H * C) | zero |
+| blocks.N.gate_up_2FD | (2, F, D) | normal, 1 / sqrt(D) |
+| blocks.N.down_DF | (D, F) | zero |
+| head_VD, unless tied | (V, D) | zero |
+| gains | (D,) or (C,) | one |
+
+Zero at the ends of the branches and at the head makes the first logits uniform at every width and depth, and leaves the growth to
+the learning rates, which transfer (`recipe.transfer`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calledshot.model.attention import attend, attend_cached, rotary, rotate
+from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
+from calledshot.recipe import schema, shape
+
+
+@dataclass
+class Cache:
+    """Keys and values of what was read so far: per layer (B, S, K, C). Row b holds positions 0, 1, 2, ... at indices 0, 1, 2, ...
+
+    What lies behind a row's last written position is never seen, since a query sees positions up to its own.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].size(1)
+
+
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467), in float32 inside."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and added to the stream."""
+
+    def __init__(self, config: schema.Model) -> None:
+        super().__init__()
+        derived = shape(config)
+        D, K, C, hidden = config.width, config.kv_heads, derived.head_width, derived.hidden
+        self.groups, self.epsilon = config.heads // K, config.norm_epsilon
+        self.blocked_attention = True
+        self.attention_norm_D = nn.Parameter(torch.empty(D))
+        self.qkv_KXCD = nn.Parameter(torch.empty(K, self.groups + 2, C, D))
+        self.query_norm_C = nn.Parameter(torch.empty(C)) if config.qk_norm else None
+        self.key_norm_C = nn.Parameter(torch.empty(C)) if config.qk_norm else None
+        self.out_DHC = nn.Parameter(torch.empty(D, config.heads * C))
+        self.feed_forward_norm_D = nn.Parameter(torch.empty(D))
+        self.gate_up_2FD = nn.Parameter(torch.empty(2, hidden, D))
+        self.down_DF = nn.Parameter(torch.empty(D, hidden))
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents_BT: Tensor | None = None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the mask over them (B, T, S)."""
+        B, T, D = x_BTD.shape
+        K, X, C, _ = self.qkv_KXCD.shape
+        h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
+        qkv_BTKXC = F.linear(h_BTD, self.qkv_KXCD.view(-1, D)).view(B, T, K, X, C)
+        q, k, v = qkv_BTKXC[..., : self.groups, :], qkv_BTKXC[..., self.groups, :], qkv_BTKXC[..., self.groups + 1, :]
+        if self.query_norm_C is not None and self.key_norm_C is not None:
+            q = rms_norm(q, self.query_norm_C, self.epsilon)
+            k = rms_norm(k, self.key_norm_C, self.epsilon)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            y = attend(q, k, v, documents_BT, blocked=self.blocked_attention)
+        else:
+            keys_BSKC, values_BSKC, positions_BT, seen_BTS = cache
+            rows_B1 = torch.arange(B, device=x_BTD.device)[:, None]
+            keys_BSKC[rows_B1, positions_BT] = k
+            values_BSKC[rows_B1, positions_BT] = v
+            S = seen_BTS.size(-1)
+            y = attend_cached(q, keys_BSKC[:, :S], values_BSKC[:, :S], seen_BTS)
+        x_BTD = x_BTD + F.linear(y.reshape(B, T, -1), self.out_DHC)
+        h_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.epsilon)
+        gate_BTF, up_BTF = F.linear(h_BTD, self.gate_up_2FD.view(-1, D)).chunk(2, -1)
+        return x_BTD + F.linear(F.silu(gate_BTF) * up_BTF, self.down_DF)
+
+
+class Decoder(nn.Module):
+    """The decoder as `recipe.model` describes it, made on the default device, not yet initialised (`initialise`)."""
+
+    def __init__(self, config: schema.Model) -> None:
+        super().__init__()
+        self.config, self.derived = config, shape(config)
+        self.embedding_VD = nn.Parameter(torch.empty(self.derived.vocabulary, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm_D = nn.Parameter(torch.empty(config.width))
+        self.separate_head_VD = (
+            None if config.tied_embeddings else nn.Parameter(torch.empty(self.derived.vocabulary, config.width))
+        )
+        self.compiled = False
+
+    @property
+    def head_VD(self) -> Tensor:
+        return self.embedding_VD if self.separate_head_VD is None else self.separate_head_VD
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Fill all parameters in place, in float32, from one generator on their device (table at the top of the file)."""
+        for name, parameter in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            if kind == "embedding_VD":
+                scale = self.config.width**-0.5 if self.config.tied_embeddings else 1.0
+                parameter.normal_(0.0, scale, generator=generator)
+            elif kind in ("qkv_KXCD", "gate_up_2FD"):
+                parameter.normal_(0.0, self.config.width**-0.5, generator=generator)
+            elif kind in ("out_DHC", "down_DF", "separate_head_VD"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+    def compile_blocks(self) -> None:
+        """Compile each block (one graph serves all) and the loss. Whole-model compilation took 58 to 115 s here, this 20 to 45."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.compiled = True
+
+    def hidden_states(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Normalised states (B, T, D) before the head. `tokens_BT` int; positions default to 0, 1, 2, ...
+
+        With a cache, the new keys and values are written at `positions_BT` and everything up to a token's own position is seen;
+        `documents_BT` must be None then.
+        """
+        if positions_BT is None:
+            positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device)[None].expand_as(tokens_BT)
+        x_BTD = F.embedding(tokens_BT, self.embedding_VD)
+        cos, sin = rotary(positions_BT, self.derived.head_width, self.config.rope_base)
+        if cache is None:
+            for block in self.blocks:
+                x_BTD = block(x_BTD, cos, sin, documents_BT)
+        else:
+            seen_S = torch.arange(int(positions_BT.max()) + 1, device=tokens_BT.device)
+            seen_BTS = seen_S[None, None] <= positions_BT[:, :, None]
+            for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+                x_BTD = block.forward(x_BTD, cos, sin, None, (keys, values, positions_BT, seen_BTS))
+        return rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits (..., V) of `hidden_states`' result, float32, softcap applied."""
+        return cap(F.linear(hidden_BTD, self.head_VD).float(), self.config.softcap)
+
+    def loss(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        weights_BT: Tensor,
+        scale: Tensor,
+        z_loss: float,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted cross-entropy and z-loss times `scale` (nats; see `chunked_cross_entropy`)."""
+        hidden_BTD = self.hidden_states(inputs_BT, positions_BT, documents_BT)
+        return chunked_cross_entropy(
+            hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), weights_BT.flatten(),
+            scale=scale, softcap=self.config.softcap, z_loss=z_loss, compiled=self.compiled,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def token_losses(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of every target in nats, float32 (B, T)."""
+        hidden_BTD = self.hidden_states(inputs_BT, positions_BT, documents_BT)
+        flat_N = token_losses(hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), self.config.softcap)
+        return flat_N.view(targets_BT.shape)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` positions, in the model's dtype."""
+        size = (batch, capacity, self.config.kv_heads, self.derived.head_width)
+        like = self.embedding_VD
+        empty = [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in range(2 * self.config.layers)]
+        return Cache(empty[::2], empty[1::2])
