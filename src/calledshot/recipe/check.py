@@ -1,0 +1,150 @@
+"""What makes a recipe impossible although every key is of its type; each problem is one line with the way out."""
+
+import operator
+from collections.abc import Iterator
+
+from .derived import shape, source_names
+from .errors import UsageError
+from .schema import Data, Model, Recipe
+
+POSITIVE = ["model.layers", "model.width", "model.heads", "model.kv_heads", "model.context", "model.rope_base", "model.norm_epsilon", "optimizer.learning_rate", "optimizer.epsilon", "optimizer.base_width", "batch.tokens", "evals.tokens", "evals.sample_tokens"]
+NOT_NEGATIVE = ["seed", "model.head_width", "model.hidden", "model.vocabulary", "model.softcap", "objective.z_loss", "optimizer.embedding_learning_rate", "optimizer.head_learning_rate", "optimizer.vector_learning_rate", "optimizer.weight_decay", "optimizer.clip", "duration.tokens", "duration.flops", "duration.minutes", "parallel.micro_tokens", "parallel.threads", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "evals.every_steps", "evals.final_tokens"]
+SHARES = ["schedule.warmup", "schedule.decay", "schedule.final"]
+DECAYS = ["optimizer.momentum", "optimizer.beta1", "optimizer.beta2"]
+CHOICES = {
+    "objective.kind": ("causal",),
+    "optimizer.transfer": ("width", "none"),
+    "schedule.kind": ("wsd", "cosine", "constant"),
+    "parallel.dtype": ("auto", "bfloat16", "float32"),
+    "parallel.compile": ("auto", "on", "off"),
+}
+FORMATS = ("auto", "text", "jsonl", "parquet")
+LARGEST_SEED = 2**63
+
+
+def check(recipe: Recipe, where: str = "recipe") -> None:
+    """Raises: `UsageError` with the first problem."""
+    for problem in problems(recipe):
+        raise UsageError(f"{where}: {problem}")
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Everything that keeps the recipe from running, found by arithmetic alone."""
+    bad = list(ranges(recipe))
+    yield from bad
+    yield from data_problems(recipe.data)
+    if bad:
+        return
+    yield from model_problems(recipe.model, recipe.data.tokenizer)
+    yield from length_problems(recipe)
+
+
+def ranges(recipe: Recipe) -> Iterator[str]:
+    """Values outside their range, one key at a time."""
+    rules = (
+        (POSITIVE, lambda value: value > 0, "must be more than 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+        (SHARES, lambda value: 0 <= value <= 1, "is a share of the run: 0 to 1"),
+        (DECAYS, lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
+    )
+    for keys, holds, rule in rules:
+        for key in keys:
+            value = operator.attrgetter(key)(recipe)
+            if not holds(value):
+                yield f"{key} = {value} {rule}"
+    for key, choices in CHOICES.items():
+        value = operator.attrgetter(key)(recipe)
+        if value not in choices:
+            yield f"{key} = {value!r}: choose {' or '.join(choices)}"
+    name = recipe.optimizer.name
+    if name not in ("muon", "adamw") and ".py:" not in name:
+        yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"
+    if recipe.seed >= LARGEST_SEED:
+        yield f"seed = {recipe.seed} must be less than 2^63"
+
+
+def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
+    """Shapes that do not fit together."""
+    width, heads = model.width, model.heads
+    if not model.head_width and width % heads:
+        lower = width // heads * heads
+        near = f"{lower} or {lower + heads}" if lower else f"{heads}"
+        yield f"model.width = {width} is not a multiple of model.heads = {heads}: take a width of {near}, or set model.head_width"
+    elif (head_width := shape(model).head_width) % 2:
+        yield f"a head's width of {head_width} is odd, and RoPE turns pairs: set model.head_width to an even number"
+    if heads % model.kv_heads:
+        fitting = [str(number) for number in range(1, heads + 1) if heads % number == 0]
+        yield f"model.kv_heads = {model.kv_heads} does not divide model.heads = {heads}: take one of {', '.join(fitting)}"
+    if tokenizer == "bpe" and not model.vocabulary:
+        yield "model.vocabulary = 0 needs a tokenizer that exists: set its size, or data.tokenizer to a tokenizer.json"
+
+
+def length_problems(recipe: Recipe) -> Iterator[str]:
+    """Batch, duration and schedule against each other and against the context."""
+    batch, context, micro = recipe.batch.tokens, recipe.model.context, recipe.parallel.micro_tokens
+    if batch % context:
+        near = max(1, round(batch / context)) * context
+        yield f"batch.tokens = {batch} is not a multiple of model.context = {context}: take {near}"
+    elif micro and (batch % micro or micro % context):
+        rows = batch // context
+        fitting = max((n for n in range(1, rows + 1) if rows % n == 0 and n * context <= micro), default=1) * context
+        yield (
+            f"parallel.micro_tokens = {micro} must divide batch.tokens = {batch} and be a multiple of model.context = "
+            f"{context}: take {fitting}"
+        )
+    duration = recipe.duration
+    given = [key for key in ("tokens", "flops", "minutes") if getattr(duration, key)]
+    if len(given) != 1:
+        found = " and ".join(f"duration.{key}" for key in given) if given else "none"
+        yield f"exactly one of duration.tokens, duration.flops and duration.minutes says how long the run is; found {found}"
+    elif duration.tokens and duration.tokens < batch:
+        yield f"duration.tokens = {duration.tokens} is less than one batch of {batch}: train longer or take a smaller batch.tokens"
+    schedule = recipe.schedule
+    if schedule.kind == "wsd" and schedule.warmup + schedule.decay > 1 + 1e-9:
+        yield f"schedule.warmup = {schedule.warmup} and schedule.decay = {schedule.decay} are more than the run together"
+
+
+def data_problems(data: Data) -> Iterator[str]:
+    """Mixtures that cannot be drawn from."""
+    if not data.sources:
+        yield "data.sources is empty: name at least one source"
+        return
+    for place, source in enumerate(data.sources):
+        key = f"data.sources.{place}"
+        if not source.path.strip():
+            yield f"{key}.path is empty"
+        if source.format not in FORMATS:
+            yield f"{key}.format = {source.format!r}: choose {' or '.join(FORMATS)}"
+        if source.modality != "text":
+            yield f"{key}.modality = {source.modality!r}: only text is known so far"
+        for name in ("weight", "max_epochs"):
+            if getattr(source, name) < 0:
+                yield f"{key}.{name} = {getattr(source, name)} must not be negative"
+    names = source_names(data)
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            yield f"two sources are called {name}: give one another name with data.sources.{place}.name"
+    weights = dict(zip(names, (source.weight for source in data.sources), strict=True))
+    if not any(weight > 0 for weight in weights.values()):
+        yield "every data.sources weight is 0: give at least one source a weight"
+    if not 0 < data.held_out < 1:
+        yield f"data.held_out = {data.held_out} must be more than 0 and less than 1: the model is judged on it"
+    if not data.tokenizer.strip():
+        yield "data.tokenizer is empty: take bpe, a tokenizer.json or hf:OWNER/NAME"
+    if any(step < 0 for step in data.skip) or len(set(data.skip)) < len(data.skip):
+        yield f"data.skip = {list(data.skip)}: steps are counted from 0, each named once"
+    before = -1.0
+    for place, phase in enumerate(data.phases):
+        key = f"data.phases.{place}"
+        if not 0 <= phase.start < 1:
+            yield f"{key}.start = {phase.start} is a share of the run: at least 0, less than 1"
+        elif phase.start <= before:
+            yield f"{key}.start = {phase.start} does not come after the phase before it ({before})"
+        before = phase.start
+        for name, weight in phase.weights.items():
+            if name not in weights:
+                yield f"{key}.weights names {name!r}, which is no source: there are {', '.join(names)}"
+            if weight < 0:
+                yield f"{key}.weights.{name} = {weight} must not be negative"
+        if not any(weight > 0 for weight in {**weights, **phase.weights}.values()):
+            yield f"{key} leaves every source without weight"
