@@ -7,10 +7,23 @@ from .derived import shape, source_names
 from .errors import UsageError
 from .schema import Data, Model, Recipe
 
-POSITIVE = ["model.layers", "model.width", "model.heads", "model.kv_heads", "model.context", "model.rope_base", "model.norm_epsilon", "optimizer.learning_rate", "optimizer.epsilon", "optimizer.base_width", "batch.tokens", "evals.tokens", "evals.sample_tokens"]
-NOT_NEGATIVE = ["seed", "model.head_width", "model.hidden", "model.vocabulary", "model.softcap", "objective.z_loss", "optimizer.embedding_learning_rate", "optimizer.head_learning_rate", "optimizer.vector_learning_rate", "optimizer.weight_decay", "optimizer.clip", "duration.tokens", "duration.flops", "duration.minutes", "parallel.micro_tokens", "parallel.threads", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "evals.every_steps", "evals.final_tokens"]
-SHARES = ["schedule.warmup", "schedule.decay", "schedule.final"]
-DECAYS = ["optimizer.momentum", "optimizer.beta1", "optimizer.beta2"]
+POSITIVE = {
+    "model": ("layers", "width", "heads", "kv_heads", "context", "rope_base", "norm_epsilon"),
+    "optimizer": ("learning_rate", "epsilon", "base_width"),
+    "batch": ("tokens",),
+    "evals": ("tokens", "sample_tokens"),
+}
+NOT_NEGATIVE = {
+    "model": ("head_width", "hidden", "vocabulary", "softcap"),
+    "objective": ("z_loss",),
+    "optimizer": ("embedding_learning_rate", "head_learning_rate", "vector_learning_rate", "weight_decay", "clip"),
+    "duration": ("tokens", "flops", "minutes"),
+    "parallel": ("micro_tokens", "threads"),
+    "checkpoint": ("every_steps", "every_minutes", "keep"),
+    "evals": ("every_steps", "final_tokens"),
+}
+SHARES = {"schedule": ("warmup", "decay", "final")}
+DECAYS = {"optimizer": ("momentum", "beta1", "beta2")}
 CHOICES = {
     "objective.kind": ("causal",),
     "optimizer.transfer": ("width", "none"),
@@ -47,11 +60,12 @@ def ranges(recipe: Recipe) -> Iterator[str]:
         (SHARES, lambda value: 0 <= value <= 1, "is a share of the run: 0 to 1"),
         (DECAYS, lambda value: 0 <= value < 1, "must be at least 0 and less than 1"),
     )
-    for keys, holds, rule in rules:
-        for key in keys:
-            value = operator.attrgetter(key)(recipe)
-            if not holds(value):
-                yield f"{key} = {value} {rule}"
+    for sections, holds, rule in rules:
+        for section, keys in sections.items():
+            for key in keys:
+                value = getattr(getattr(recipe, section), key)
+                if not holds(value):
+                    yield f"{section}.{key} = {value} {rule}"
     for key, choices in CHOICES.items():
         value = operator.attrgetter(key)(recipe)
         if value not in choices:
@@ -59,8 +73,8 @@ def ranges(recipe: Recipe) -> Iterator[str]:
     name = recipe.optimizer.name
     if name not in ("muon", "adamw") and ".py:" not in name:
         yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"
-    if recipe.seed >= LARGEST_SEED:
-        yield f"seed = {recipe.seed} must be less than 2^63"
+    if not 0 <= recipe.seed < LARGEST_SEED:
+        yield f"seed = {recipe.seed} must be at least 0 and less than 2^63"
 
 
 def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
@@ -69,12 +83,15 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
     if not model.head_width and width % heads:
         lower = width // heads * heads
         near = f"{lower} or {lower + heads}" if lower else f"{heads}"
-        yield f"model.width = {width} is not a multiple of model.heads = {heads}: take a width of {near}, or set model.head_width"
+        yield (
+            f"model.width = {width} is not a multiple of model.heads = {heads}: take a width of {near}, "
+            "or set model.head_width"
+        )
     elif (head_width := shape(model).head_width) % 2:
         yield f"a head's width of {head_width} is odd, and RoPE turns pairs: set model.head_width to an even number"
     if heads % model.kv_heads:
-        fitting = [str(number) for number in range(1, heads + 1) if heads % number == 0]
-        yield f"model.kv_heads = {model.kv_heads} does not divide model.heads = {heads}: take one of {', '.join(fitting)}"
+        fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        yield f"model.kv_heads = {model.kv_heads} does not divide model.heads = {heads}: take one of {fitting}"
     if tokenizer == "bpe" and not model.vocabulary:
         yield "model.vocabulary = 0 needs a tokenizer that exists: set its size, or data.tokenizer to a tokenizer.json"
 
@@ -95,13 +112,19 @@ def length_problems(recipe: Recipe) -> Iterator[str]:
     duration = recipe.duration
     given = [key for key in ("tokens", "flops", "minutes") if getattr(duration, key)]
     if len(given) != 1:
-        found = " and ".join(f"duration.{key}" for key in given) if given else "none"
-        yield f"exactly one of duration.tokens, duration.flops and duration.minutes says how long the run is; found {found}"
+        found = " and ".join(given) if given else "none"
+        yield f"duration: exactly one of tokens, flops and minutes says how long the run is; found {found}"
     elif duration.tokens and duration.tokens < batch:
-        yield f"duration.tokens = {duration.tokens} is less than one batch of {batch}: train longer or take a smaller batch.tokens"
+        yield (
+            f"duration.tokens = {duration.tokens} is less than batch.tokens = {batch}: train longer "
+            "or take a smaller batch"
+        )
     schedule = recipe.schedule
     if schedule.kind == "wsd" and schedule.warmup + schedule.decay > 1 + 1e-9:
-        yield f"schedule.warmup = {schedule.warmup} and schedule.decay = {schedule.decay} are more than the run together"
+        yield (
+            f"schedule.warmup = {schedule.warmup} and schedule.decay = {schedule.decay} together are more than the "
+            "whole run: lower one"
+        )
 
 
 def data_problems(data: Data) -> Iterator[str]:

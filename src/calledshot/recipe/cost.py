@@ -1,4 +1,4 @@
-"""What a recipe costs, by arithmetic alone: parameters, FLOPs, bytes, tokens, hours, money. The one counter of the project.
+"""What a recipe costs, by arithmetic alone: parameters, FLOPs, bytes, tokens, hours, money. The project's one counter.
 
 Legend: D width, H query heads, K key and value heads, C head width, F hidden, V vocabulary, T context.
 A matmul of (m, k) by (k, n) counts 2 m k n FLOPs. Norms, RoPE, softmax and the optimizer count nothing, as is usual.
@@ -176,10 +176,10 @@ def flops_per_token(model: Shape) -> Flops:
 def activation_bytes(model: Shape, micro_tokens: int, dtype_bytes: int = 2) -> int:
     """Estimate of what one micro-batch keeps for its backward pass, without recomputation.
 
-    A layer keeps, for each token: its input, the normed input, queries, keys and values before their norm, queries and
-    keys after it, the attention's output, the feed-forward's input and normed input, gate, up and their product. Attention
-    keeps no square of scores. On top stand the embedding's output and the final norm's, and of the chunked cross-entropy
-    the float32 logits of `LOSS_CHUNK` positions and their gradient.
+    A layer keeps, for each token: its input, the normed input, queries, keys and values before their norm, queries
+    and keys after it, the attention's output, the feed-forward's input and normed input, gate, up and their product.
+    Attention keeps no square of scores. On top stand the embedding's output and the final norm's, and of the chunked
+    cross-entropy the float32 logits of `LOSS_CHUNK` positions and their gradient.
     """
     D, H, K, C, F = model.width, model.heads, model.kv_heads, model.head_width, model.hidden
     layer = 4 * D + (H + 2 * K) * C + (H + K) * C + H * C + 3 * F

@@ -2,7 +2,7 @@
 
 
 class ShotError(Exception):
-    """An error meant for the person at the keyboard: its text is one line that names the file, the key and the way out."""
+    """An error for the person at the keyboard: its text is one line that names the file, the key and the way out."""
 
     exit_code = 1
 

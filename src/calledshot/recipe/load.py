@@ -45,8 +45,8 @@ def size_in_name(name: str) -> float:
 
 def load_recipe(reference: str, overrides: Sequence[str] = (), checked: bool = True) -> Recipe:
     """The recipe that `reference` (a preset's name or a TOML file) gives with `overrides` (`a.b=c`, `--a.b=c` and
-    `--a.b c` alike) laid on it. Command line > file > what it extends > defaults. A `duration` replaces the one below it
-    as a whole.
+    `--a.b c` alike) laid on it. Command line > file > what it extends > defaults. A `duration` replaces the one below
+    it as a whole.
 
     Raises: `UsageError` that names the file, the key and the way out. With `checked=False` values that do not fit
     together are let through, for `problems` to list.

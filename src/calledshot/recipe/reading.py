@@ -40,7 +40,7 @@ def scalar_parser(key: str, kind: type) -> Callable[[str], float]:
 
 
 def coerce(kind: Any, value: Any, key: str, where: str) -> Any:
-    """`value` as plain data of type `kind`. Raises: `UsageError` that names the place, the key and what was expected."""
+    """`value` as plain data of type `kind`. Raises: `UsageError` that names the place, the key and what is expected."""
 
     def wrong(expected: str) -> UsageError:
         return UsageError(f"{where}: {key} = {value!r}: expected {expected}")
@@ -104,7 +104,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Key and value of each override among `tokens`: `a.b=c`, `--a.b=c`, `--a.b c`; a lone `--a.b` has the value None."""
+    """Key and value of each override: `a.b=c`, `--a.b=c` or `--a.b c`; a lone `--a.b` has the value None."""
     pairs: list[tuple[str, str | None]] = []
     rest = [token for token in tokens if token != "--"]
     while rest:
@@ -153,7 +153,8 @@ def place(node: dict[str, Any], cls: Any, parts: list[str], text: str | None, ke
     if kind is None or (rest and kind in EXPECTED):
         if key == "extends":
             raise UsageError(f"{COMMAND_LINE}: extends belongs in a file; name the recipe to start from instead")
-        raise UsageError(f"{COMMAND_LINE}: unknown key {key}; {suggestion(key)}")
+        what = "key" if "." in key else "key or option"
+        raise UsageError(f"{COMMAND_LINE}: unknown {what} {key}; {suggestion(key)}")
     if not rest:
         value = coerce(kind, parse_text(kind, text, key), key, COMMAND_LINE)
         node[name] = merge(node[name], value) if is_dataclass(kind) and name in node else value

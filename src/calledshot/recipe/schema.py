@@ -56,8 +56,8 @@ class Data:
     phases: tuple[Phase, ...] = ()
     """Changes of the mixture's weights during the run."""
     tokenizer: str = "bpe"
-    """`bpe` trains a byte-level BPE of `model.vocabulary` entries on the sources; else a `tokenizer.json`, a folder that holds one,
-    or `hf:OWNER/NAME`."""
+    """`bpe` trains a byte-level BPE of `model.vocabulary` entries on the sources; else a `tokenizer.json`, a folder
+    that holds one, or `hf:OWNER/NAME`."""
     held_out: float = 0.05
     """Share of whole documents held out of training, chosen by a hash of their ids."""
     skip: tuple[int, ...] = ()
@@ -133,7 +133,7 @@ class Optimizer:
     clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     transfer: str = "width"
-    """`width` scales learning rates from `base_width` so that the best one stays put; `none` applies what is written."""
+    """`width` scales learning rates from `base_width` so that the best stays put; `none` applies what is written."""
     base_width: int = 256
     """Width at which the learning rates were tuned."""
 

@@ -1,8 +1,8 @@
 """Learning rates by group of parameters, and how they move with width.
 
-Hidden matrices under AdamW, and the head under either optimizer, take a rate that falls as 1 / width (Yang et al., Tensor
-Programs V, table 3). Muon's update is orthogonalised and scaled by sqrt(max(1, rows / columns)), so that its rate already
-holds at every width.
+Hidden matrices under AdamW, and the head under either optimizer, take a rate that falls as 1 / width (Yang et al.,
+Tensor Programs V, table 3). Muon's update is orthogonalised and scaled by sqrt(max(1, rows / columns)), so that its
+rate already holds at every width.
 """
 
 from .schema import Recipe
@@ -10,8 +10,8 @@ from .schema import Recipe
 GROUPS = ("matrix", "embedding", "head", "vector")
 """Matrices of the blocks; the embedding; the head; gains. A tied matrix belongs to `embedding`."""
 
-# Relation of each group's rate at `base_width` to `optimizer.learning_rate`, where the recipe does not write one. Muon's
-# rate is the spectral size of an update, AdamW's the size of each entry: hence the distance.
+# Relation of each group's rate at `base_width` to `optimizer.learning_rate`, where the recipe does not write one.
+# Muon's rate is the spectral size of an update, AdamW's the size of each entry: hence the distance.
 RATIOS = {
     "muon": {"embedding": 15.0, "head": 0.2, "vector": 0.5},
     "adamw": {"embedding": 1.0, "head": 1.0, "vector": 1.0},

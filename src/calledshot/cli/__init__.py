@@ -1,0 +1,70 @@
+"""The command `shot`. Verbs are a table of import strings, so that help answers without importing what they need."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, UnknownCommandError
+
+from calledshot import __version__
+from calledshot.recipe.errors import ShotError
+
+HELP = """A pretraining lab for small teams.
+
+Call the result, take the shot, keep it alive, report it honestly."""
+
+VERBS: tuple[tuple[str, str, str], ...] = (
+    ("recipe", "calledshot.cli.recipe:app", "List, show, check, size up and compare recipes."),
+)
+"""Verb, `module:attribute` of its function or `App`, and its line in the help. The order is that of the help."""
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def command() -> App:
+    """The whole command line, with every verb still unimported."""
+    app = App(name="shot", help=HELP, version=__version__, result_action="return_value")
+    app["--help"].group = app["--version"].group = "Options"
+    for place, (verb, target, line) in enumerate(VERBS):
+        app.command(target, name=verb, help=line, sort_key=place)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (of `sys.argv`, or of `arguments`) and give its exit code: 0, 1 failed, 2 usage, 75 requeue, 130
+    interrupted. What it says goes to stdout, errors in one line to stderr."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = command()(tokens, print_error=False, exit_on_error=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except ShotError as error:
+        return complain(str(error), error.exit_code)
+    except UnknownCommandError as error:
+        return complain(unknown_verb(error), 2)
+    except CycloptsError as error:
+        return complain(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader has gone, and Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def complain(message: str, code: int) -> int:
+    """One line on stderr; gives `code` back."""
+    print(f"shot: {message}", file=sys.stderr)
+    return code
+
+
+def unknown_verb(error: UnknownCommandError) -> str:
+    """What to say about a mistyped verb, without importing the others as cyclopts would."""
+    typed = (error.unused_tokens or [""])[0]
+    group = " ".join(error.command_chain or ())
+    known = [name for name in (error.app or command()) if not name.startswith("-")]
+    near = difflib.get_close_matches(typed, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"no verb {typed!r}{f' in {group}' if group else ''}; {hint}"
