@@ -31,7 +31,7 @@ def resolve_run(reference: str, lab: Path | None = None) -> RunDirectory:
     for path in (lab / "runs" / reference, Path(reference)):
         if reference and is_run(path):
             return RunDirectory(path)
-    if Path(reference).exists():
+    if reference and Path(reference).exists():
         return RunDirectory.open(reference)
     names = [run.name for run in runs(lab)]
     nearest = difflib.get_close_matches(reference, names, n=1, cutoff=0.5)

@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,10 @@ def _take(descriptor: int, path: Path) -> None:
                 "mount it with them or keep the run on another disk"
             ) from error
         holder = lock_holder(path)
+        command = textwrap.shorten(str(holder.get("command", "?")), 120)
         raise RunError(
-            f"{path.parent}: in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} "
-            f"({holder.get('command', '?')}) since {holder.get('time', '?')}; wait for it or stop it first"
+            f"{path.parent}: in use by process {holder.get('pid', '?')} on {holder.get('host', '?')} ({command}) "
+            f"since {holder.get('time', '?')}; wait for it or stop it first"
         )
 
 
