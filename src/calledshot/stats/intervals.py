@@ -127,10 +127,12 @@ def cluster_sums(values: ArrayLike, weights: ArrayLike | None, clusters: ArrayLi
         raise ValueError("values must be finite and weights positive: leave out items without a result, and say so")
     if clusters is None:
         return values * weights, weights
-    labels, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     if cluster.shape != values.shape:
         raise ValueError(f"{values.size} items need as many cluster labels, not {cluster.size}")
-    return np.bincount(cluster, values * weights, len(labels)), np.bincount(cluster, weights, len(labels))
+    # numpy's annotations take weighted counts for integers.
+    sums, sizes = (np.bincount(cluster, weights=each).astype(np.float64) for each in (values * weights, weights))
+    return sums, sizes
 
 
 def _resampled_means(sums: Floats, sizes: Floats, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
