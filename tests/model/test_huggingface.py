@@ -1,0 +1,257 @@
+"""Exported models are the same function in `transformers`, and come back as the same bytes."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from calledshot.data import Tokenizer
+from calledshot.model import Decoder
+from calledshot.model.huggingface import export_huggingface, load_huggingface
+from calledshot.recipe import RunError, UsageError, schema
+
+VOCABULARY = 640
+SHAPES = {
+    "gqa": schema.Model(layers=3, width=96, heads=6, kv_heads=2, qk_norm=True),
+    "mha": schema.Model(layers=2, width=64, heads=4, kv_heads=4, qk_norm=True, rope_base=500_000.0),
+    "mqa-tied": schema.Model(layers=2, width=64, heads=4, kv_heads=1, qk_norm=True, tied_embeddings=True),
+    "wide-heads": schema.Model(layers=2, width=64, heads=4, kv_heads=2, head_width=48, qk_norm=True, norm_epsilon=1e-5),
+    "odd-heads": schema.Model(layers=2, width=64, heads=6, kv_heads=3, head_width=16, hidden=100, qk_norm=True),
+    "llama-gqa": schema.Model(layers=3, width=96, heads=6, kv_heads=2, qk_norm=False),
+    "llama-mha-tied": schema.Model(layers=2, width=64, heads=2, kv_heads=2, qk_norm=False, tied_embeddings=True),
+    "llama-mqa-wide": schema.Model(layers=2, width=64, heads=4, kv_heads=1, head_width=24, qk_norm=False),
+}
+
+
+def sized(model: schema.Model, context: int = 64) -> schema.Model:
+    return schema.Model(**{**vars(model), "vocabulary": VOCABULARY, "context": context})
+
+
+def random_decoder(config: schema.Model) -> Decoder:
+    """Every parameter random and away from zero, gains and head too, at scales that keep the logits near one."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = Decoder(config)
+    for parameter in decoder.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        else:
+            parameter.data.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
+    return decoder.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["def read(path: str) -> bytes:\n    return open(path).read()\n"] * 20, 600)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    transformers = pytest.importorskip("transformers")
+    # In transformers 5 missing and unexpected keys are a report in the log, which must stay empty.
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_default_handler()
+    return transformers
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_and_generation_equal_transformers(name, tmp_path, tokenizer, transformers, caplog):
+    config = sized(SHAPES[name])
+    decoder = random_decoder(config)
+    export_huggingface(tmp_path / "model", config, decoder.state_dict(), tokenizer)
+    with caplog.at_level(logging.INFO):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
+    assert theirs.dtype == torch.float32
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in decoder.parameters())
+    generator = torch.Generator().manual_seed(1)
+    for context in (1, 7, 64):
+        tokens = torch.randint(0, VOCABULARY, (2, context), generator=generator)
+        ours = decoder.logits(decoder.hidden_states(tokens))
+        torch.testing.assert_close(theirs(tokens).logits, ours, rtol=0, atol=1e-5)
+        assert ours.std() > 0.1
+
+    prompt = torch.randint(0, VOCABULARY, (1, 5), generator=generator)
+    continued = theirs.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    tokens = prompt
+    for _ in range(8):
+        tokens = torch.cat((tokens, decoder.logits(decoder.hidden_states(tokens))[:, -1:].argmax(-1)), 1)
+    assert torch.equal(tokens, continued)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_round_trip_returns_the_same_bytes(name, dtype, tmp_path, tokenizer):
+    config = sized(SHAPES[name])
+    decoder = random_decoder(config)
+    export_huggingface(tmp_path / "a", config, decoder.state_dict(), tokenizer, dtype=dtype)
+    read, state = load_huggingface(tmp_path / "a")
+    back = Decoder(read)
+    back.load_state_dict(state)
+    for key, parameter in back.named_parameters():
+        expected = decoder.get_parameter(key).to(dtype).to(parameter.dtype)
+        assert torch.equal(parameter.view(torch.int32), expected.view(torch.int32)), key
+    export_huggingface(tmp_path / "b", read, back.state_dict(), tokenizer, dtype=dtype)
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_shards_load_as_one(tmp_path, tokenizer, transformers):
+    config = sized(SHAPES["gqa"])
+    decoder = random_decoder(config)
+    files = export_huggingface(tmp_path / "m", config, decoder.state_dict(), tokenizer, shard_bytes=300_000)
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 320_000 for shard in shards)
+    tokens = torch.arange(20)[None]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(theirs(tokens).logits, decoder.logits(decoder.hidden_states(tokens)), rtol=0, atol=1e-5)
+    back = Decoder(config)
+    back.load_state_dict(load_huggingface(tmp_path / "m")[1])
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), decoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+def test_models_saved_by_transformers_are_read(kind, tmp_path, transformers):
+    """Their own config.json, which leaves out what is at its default."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    read, state = load_huggingface(tmp_path)
+    ours = Decoder(read)
+    ours.load_state_dict(state)
+    tokens = torch.arange(30)[None]
+    torch.testing.assert_close(ours.logits(ours.hidden_states(tokens)), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gqa", "llama-gqa"])
+def test_the_tokenizer_gives_identical_ids(name, tmp_path, tokenizer, transformers):
+    config = sized(SHAPES[name])
+    export_huggingface(tmp_path / "m", config, random_decoder(config).state_dict(), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    texts = [
+        "",
+        "  def f(x):\n\treturn x",
+        "naïve 日本語 👍🏽\r\n",
+        "a<|end|>b <|begin|> <|sentinel_0|>",
+        "\x00\ufeff x  ",
+    ]
+    for text in texts:
+        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+        assert theirs(text).input_ids == [tokenizer.begin, *tokenizer.encode(text)]
+        assert theirs.decode(tokenizer.encode(text)) == text
+    found = theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id
+    assert found == (tokenizer.begin, tokenizer.end, tokenizer.pad)
+    # The model has more rows than the tokenizer has ids.
+    assert len(theirs) == tokenizer.size < VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ({"softcap": 30.0}, "model.softcap"),
+        ({"qk_norm": False, "heads": 6, "kv_heads": 6, "head_width": 16}, "model.heads"),
+    ],
+)
+def test_what_no_class_expresses_is_refused(change, key, tmp_path, tokenizer):
+    config = schema.Model(**{**vars(sized(SHAPES["mha"])), **change})
+    with pytest.raises(UsageError, match=key):
+        export_huggingface(tmp_path / "m", config, random_decoder(config).state_dict(), tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_hidden_layers": 4}, "model.layers.3"),
+        ({"num_hidden_layers": 2}, "model.layers.2"),
+        ({"intermediate_size": 64}, "mlp.gate_proj"),
+    ],
+)
+def test_folders_of_other_models_are_refused(change, word, tmp_path, tokenizer):
+    config = sized(SHAPES["gqa"])
+    export_huggingface(tmp_path / "m", config, random_decoder(config).state_dict(), tokenizer)
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UsageError, match=word):
+        load_huggingface(tmp_path / "m")
+
+
+def test_a_file_cut_in_half_is_named(tmp_path, tokenizer):
+    config = sized(SHAPES["gqa"])
+    export_huggingface(tmp_path / "m", config, random_decoder(config).state_dict(), tokenizer)
+    file = tmp_path / "m" / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(RunError, match=r"model\.safetensors: is missing or damaged"):
+        load_huggingface(tmp_path / "m")
+
+
+def test_a_folder_in_use_is_kept_unless_forced(tmp_path, tokenizer):
+    config, tied = sized(SHAPES["gqa"]), sized(SHAPES["mqa-tied"])
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="--force"):
+        export_huggingface(folder, config, random_decoder(config).state_dict(), tokenizer)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    export_huggingface(folder, config, random_decoder(config).state_dict(), tokenizer, force=True, shard_bytes=300_000)
+    export_huggingface(folder, tied, random_decoder(tied).state_dict(), tokenizer, force=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+    assert load_huggingface(folder)[0].tied_embeddings
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_full_disk_leaves_nothing_half_made(there_before, tmp_path, tokenizer):
+    """A limit on the size of files stands for the disk: the weights' file cannot be written to its end."""
+    config = sized(SHAPES["gqa"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    if there_before:
+        export_huggingface(tmp_path / "m", config, random_decoder(config).state_dict(), tokenizer)
+    before = {path: path.read_bytes() for path in (tmp_path / "m").glob("*")}
+    code = f"""
+import resource, signal
+from pathlib import Path
+from calledshot.data import Tokenizer
+from calledshot.model import Decoder
+from calledshot.model.huggingface import export_huggingface
+from calledshot.recipe import RunError, schema
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tokenizer = Tokenizer.load({str(tmp_path / "tokenizer.json")!r})
+config = schema.Model(**{vars(config)!r})
+decoder = Decoder(config).requires_grad_(False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    export_huggingface(Path({str(tmp_path / "m")!r}), config, decoder.state_dict(), tokenizer, force=True)
+except RunError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "cannot be written" in done.stdout, done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "m").glob("*")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json"} | ({"m"} if there_before else set())
+
+
+def test_weights_that_can_run_code_are_not_read(tmp_path: Path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "vocab_size": 100}
+        )
+    )  # fmt: skip
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        load_huggingface(tmp_path)
