@@ -1,6 +1,7 @@
 """The command `shot`. Verbs are a table of import strings, so that help answers without importing what they need."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,17 @@ VERBS: tuple[tuple[str, str, str], ...] = (
 )
 """Verb, `module:attribute` of its function or `App`, and its line in the help. The order is that of the help."""
 
+MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the operating system refuses for reasons that are no bug of ours, told in one line."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
 def command() -> App:
     """The whole command line, with every verb still unimported."""
-    app = App(name="shot", help=HELP, version=__version__, result_action="return_value")
+    app = App(
+        name="shot", help=HELP, version=__version__, result_action="return_value", suppress_keyboard_interrupt=False
+    )
     app["--help"].group = app["--version"].group = "Options"
     for place, (verb, target, line) in enumerate(VERBS):
         app.command(target, name=verb, help=line, sort_key=place)
@@ -49,9 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader has gone, and Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in MACHINE_SAYS_NO:
+            raise
+        drop_stdout()
+        return complain(f"{error.filename or 'output'}: {error.strerror}", 1)
+
+
+def drop_stdout() -> None:
+    """Send what is left in stdout's buffer nowhere: it cannot be written, and Python would complain again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: str, code: int) -> int:

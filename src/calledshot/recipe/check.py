@@ -20,7 +20,7 @@ NOT_NEGATIVE = {
     "duration": ("tokens", "flops", "minutes"),
     "parallel": ("micro_tokens", "threads"),
     "checkpoint": ("every_steps", "every_minutes", "keep"),
-    "evals": ("every_steps", "final_tokens"),
+    "evals": ("every_steps", "final_tokens", "norms_every_steps"),
 }
 SHARES = {"schedule": ("warmup", "decay", "final")}
 DECAYS = {"optimizer": ("momentum", "beta1", "beta2")}

@@ -1,5 +1,6 @@
 """From a name on the command line to a recipe: presets, files, `extends`, overrides."""
 
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def find(reference: str, folder: Path = Path()) -> Path:
         return folder / reference
     if reference in known:
         return known[reference]
-    if reference and (folder / reference).exists():
+    if reference and os.path.exists(folder / reference):
         return folder / reference
     near = nearest(reference, known)
     hint = f"did you mean {near}? " if near else ""
@@ -85,11 +86,11 @@ def is_path(reference: str) -> bool:
 
 def read_chain(path: Path, name: str, chain: tuple[tuple[Path, str], ...]) -> dict[str, Any]:
     """The checked plain data of a file laid on what it extends; `name` is what errors call the file."""
+    table = read_toml(path, name)
     here = path.resolve()
     if here in [seen for seen, _ in chain]:
         circle = " → ".join([*(called for _, called in chain), name])
         raise UsageError(f"{chain[0][1]}: extends goes in a circle: {circle}")
-    table = read_toml(path, name)
     base = table.pop("extends", None)
     data = read_table(Recipe, table, name)
     if base is None:

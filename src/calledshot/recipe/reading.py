@@ -110,9 +110,9 @@ def split_overrides(tokens: Sequence[str]) -> list[tuple[str, str | None]]:
     while rest:
         token = rest.pop(0)
         key, equals, value = token.removeprefix("--").partition("=")
-        if equals:
+        if equals and key:
             pairs.append((key, value))
-        elif not token.startswith("--"):
+        elif equals or not token.startswith("--"):
             raise UsageError(f"{COMMAND_LINE}: {token!r} is not an override: write KEY=VALUE or --KEY VALUE")
         else:
             pairs.append((key, rest.pop(0) if rest and not rest[0].startswith("--") else None))
