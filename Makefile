@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up what they need first. PYTHON, LAB, ARGS and VENV can be given: make demo LAB=~/lab ARGS="--minutes 3"
+# `make demo` and `make test` set up what they need first. Can be given: make demo LAB=../lab ARGS="--minutes 3" PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv

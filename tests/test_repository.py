@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from calledshot.cli import VERBS
+
 ROOT = Path(__file__).parents[1]
 LIGHT_ROOMS = ["recipe", "rundir", "stats", "machine", "objective", "data", "lab", "cli"]
 
@@ -58,3 +60,15 @@ def test_the_room_starts_without_torch(room: str) -> None:
     program = f"import sys, calledshot.{room}; print(*{{'torch', 'transformers'}} & set(sys.modules))"
     started = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (started.stdout.strip(), started.returncode) == ("", 0), started.stderr
+
+
+def test_verbs_in_the_documents_exist() -> None:
+    """Every `shot VERB` that README and CONTRIBUTING set in code, and the make targets beside them."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL))
+    verbs = set(re.findall(r"\bshot ([a-z]+)", code))
+    assert verbs <= {verb for verb, _, _ in VERBS}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"\bmake ([a-z]+)", code))
+    assert targets
+    assert targets <= set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
