@@ -1,0 +1,20 @@
+"""Text to batches: sources, tokenizer, token shards, and `batch(step)` as a pure function of the recipe."""
+
+from calledshot.data.batches import Batches, Origin
+from calledshot.data.heldout import HeldOut, Score, Selection
+from calledshot.data.prepare import model_vocabulary, prepare
+from calledshot.data.prepared import Prepared, SourceShards
+from calledshot.data.tokenizer import Tokenizer
+
+__all__ = [
+    "Batches",
+    "HeldOut",
+    "Origin",
+    "Prepared",
+    "Score",
+    "Selection",
+    "SourceShards",
+    "Tokenizer",
+    "model_vocabulary",
+    "prepare",
+]

@@ -1,0 +1,203 @@
+"""`batch(step)`: a pure function of the recipe, the prepared data and the step. No iterator state, nothing to save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from calledshot.data.mixture import Mixture, mixture
+from calledshot.data.order import permute
+from calledshot.data.plans import Plan, plan
+from calledshot.data.prepared import Prepared
+from calledshot.data.shards import Readers
+from calledshot.objective import Batch, causal
+from calledshot.recipe import Recipe, UsageError
+
+AHEAD = 4
+"""Batches that `prefetch` keeps ready."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a piece of a row comes from."""
+
+    source: str
+    document: str
+    """The document's id."""
+    language: str
+    start: int
+    """First pair of the piece within its document."""
+    pairs: int
+    epoch: int
+    """Which pass over the source this is, from 0."""
+
+
+class Batches:
+    """The training batches of a run.
+
+    Slots, one a sequence, are numbered through the whole run. The mixture says which source a slot draws from and how
+    many sequences that source gave before; a keyed permutation of each pass turns this number into a row of the
+    source's packing plan.
+    """
+
+    def __init__(self, prepared: Prepared, recipe: Recipe, steps: int | None = None, skips: Iterable[int] = ()) -> None:
+        """`steps` is the run's length, which phases are shares of; without it `duration.tokens` gives it, where there
+        is one.
+
+        `skips`, joined with `data.skip`, are numbers of batches to leave out, as `number` gives them.
+        Raises UsageError for a corpus smaller than one batch, and where `max_epochs` ends the data before `steps`.
+        """
+        self.prepared = prepared
+        self.context = recipe.model.context
+        self.rows_per_batch = recipe.batch.tokens // self.context
+        """Sequences in a global batch, B."""
+        self.plans: tuple[Plan, ...] = tuple(plan(prepared, source, self.context) for source in prepared.sources)
+        """Packing plan of each source."""
+        self._seed = recipe.seed
+        self._names = tuple(source.name for source in prepared.sources)
+        self._skips = tuple(sorted({*recipe.data.skip, *skips}))
+        self._readers = Readers()
+        self._check_size(recipe)
+        if steps is None and recipe.duration.tokens:
+            steps = -(-recipe.duration.tokens // recipe.batch.tokens)
+        self._mixture = self._lay_out(recipe, steps)
+        self.steps_available: int | None = None
+        """Steps after which every source has reached its `max_epochs`; None where one has no bound."""
+        if self._mixture.end is not None:
+            numbers = self._mixture.end // self.rows_per_batch
+            self.steps_available = numbers - sum(skip < numbers for skip in self._skips)
+            if steps is not None and self.steps_available < steps:
+                tokens = sum(
+                    p.pairs * s.max_epochs for p, s in zip(self.plans, recipe.data.sources, strict=True) if s.weight
+                )
+                raise UsageError(
+                    f"data.sources: max_epochs leaves {tokens:,.0f} tokens, {self.steps_available:,} steps, and the run "
+                    f"asks for {steps:,}: raise max_epochs (0 sets no bound), add text, or shorten `duration`"
+                )
+
+    def _check_size(self, recipe: Recipe) -> None:
+        weighted = [p for p, s in zip(self.plans, recipe.data.sources, strict=True) if s.weight or recipe.data.phases]
+        rows = sum(plan.rows for plan in weighted)
+        if rows < self.rows_per_batch:
+            tokens = sum(plan.pairs for plan in weighted)
+            raise UsageError(
+                f"data.sources: {', '.join(self._names)}: {tokens:,} training tokens fill {rows} sequences of "
+                f"{self.context}, less than one batch of {self.rows_per_batch}: lower batch.tokens or model.context, or add text"
+            )
+
+    def _lay_out(self, recipe: Recipe, steps: int | None) -> Mixture:
+        sources = recipe.data.sources
+        own = [source.weight for source in sources]
+        phases = [(0, own)]
+        if recipe.data.phases and steps is None:
+            raise UsageError("data.phases: their start is a share of the run, and its number of steps is not known yet")
+        for phase in sorted(recipe.data.phases, key=lambda phase: phase.start):
+            weights = [phase.weights.get(name, weight) for name, weight in zip(self._names, own, strict=True)]
+            first = int(phase.start * (steps or 0)) * self.rows_per_batch
+            # A phase that begins where the one before it does takes its place.
+            phases = [kept for kept in phases if kept[0] < first]
+            phases.append((first, weights))
+        capacities = [
+            math.floor(source.max_epochs * made.rows) if source.max_epochs else None
+            for source, made in zip(sources, self.plans, strict=True)
+        ]
+        return mixture(phases, capacities)
+
+    @property
+    def packing_loss(self) -> float:
+        """Share of the positions that hold padding, in one pass over every source."""
+        positions = sum(plan.rows for plan in self.plans) * self.context
+        return 1 - sum(plan.pairs for plan in self.plans) / positions
+
+    def number(self, step: int) -> int:
+        """The number that a step's batch has in a run without skips: what `data.skip` and skips.jsonl name."""
+        number = step
+        for skip in self._skips:
+            if skip > number:
+                break
+            number += 1
+        return number
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of a step, from 0; B = batch.tokens / model.context rows."""
+        return self.rows(step, 0, self.rows_per_batch)
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop` of a step's batch: a rank's share, the same rows however many ranks there are."""
+        located = [self._locate(step, row) for row in range(start, stop)]
+        rows = [self._read(source, row) for source, _, row in located]
+        return causal(rows, [source for source, _, _ in located], self.context, self.prepared.tokenizer.pad)
+
+    def _locate(self, step: int, row: int) -> tuple[int, int, int]:
+        """(source, epoch, row of the source's plan) of a row of a step's batch."""
+        slot = self.number(step) * self.rows_per_batch + row
+        if self._mixture.end is not None and slot >= self._mixture.end:
+            raise UsageError(
+                f"data.sources: max_epochs is reached by every source before step {step}; raise it, or add text"
+            )
+        source, index = self._mixture.locate(slot)
+        size = self.plans[source].rows
+        epoch, place = divmod(index, size)
+        return source, epoch, permute(place, size, seed=self._seed, source=self._names[source], epoch=epoch)
+
+    def _read(self, source: int, row: int) -> list[np.ndarray]:
+        shards = self.prepared.sources[source].train.shards
+        dtype = self.prepared.dtype
+        width = dtype.itemsize
+        pieces = []
+        for shard, pairs, offset in self.plans[source].row(self._readers, row):
+            path = self.prepared.path / f"{shards[shard].stem}.bin"
+            pieces.append(np.frombuffer(self._readers.read(path, width * offset, width * (pairs + 1)), dtype))
+        return pieces
+
+    def progress(self, step: int) -> dict[str, float]:
+        """Passes over each source, by name, that the batches before `step` have made."""
+        counts = self._mixture.counts(self.number(step) * self.rows_per_batch)
+        return {
+            name: count / plan.rows
+            for name, count, plan in zip(self._names, counts, self.plans, strict=True)
+            if plan.rows
+        }
+
+    def origins(self, step: int) -> list[list[Origin]]:
+        """The documents in each row of a step's batch, in the order of `Batch.documents`. Reads whole indexes: for
+        people."""
+        indexes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, list[str]]] = {}
+        rows = []
+        for row in range(self.rows_per_batch):
+            source, epoch, number = self._locate(step, row)
+            origins = []
+            for shard_number, pairs, offset in self.plans[source].row(self._readers, number):
+                shard = self.prepared.sources[source].train.shards[shard_number]
+                known = indexes.get((source, shard_number))
+                if known is None:
+                    index = shard.index(self.prepared.path)
+                    known = index, np.cumsum(index["ids"]) - index["ids"], shard.names(self.prepared.path)
+                    indexes[source, shard_number] = known
+                index, starts, names = known
+                document = int(np.searchsorted(starts, offset, side="right")) - 1
+                language = shard.languages[int(index["language"][document])]
+                first = offset - int(starts[document])
+                origins.append(Origin(self._names[source], names[document], language, first, pairs, epoch))
+            rows.append(origins)
+        return rows
+
+    def prefetch(
+        self, start: int, stop: int | None = None, rows: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) from `start` on, read by a thread some steps ahead; `rows` is a rank's share. Raises what
+        reading raises."""
+        first, last = rows or (0, self.rows_per_batch)
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            ready = []
+            step = start
+            while stop is None or step < stop or ready:
+                while len(ready) < AHEAD and (stop is None or step < stop):
+                    ready.append((step, pool.submit(self.rows, step, first, last)))
+                    step += 1
+                number, future = ready.pop(0)
+                yield number, future.result()

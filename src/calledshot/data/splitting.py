@@ -1,0 +1,35 @@
+"""Which documents are held out: whole ones, by a hash of their ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+from calledshot.data.readers import read
+from calledshot.data.sources import Corpus
+
+SALT = b"calledshot held-out 1\0"
+
+
+def document_hash(name: str) -> int:
+    """64 bits that depend on a document's id alone: not on the source, its place in it, the seed or the machine."""
+    return int.from_bytes(hashlib.sha256(SALT + name.encode("utf-8", "replace")).digest()[:8], "big")
+
+
+def threshold(corpus: Corpus, share: float) -> int:
+    """Documents whose hash is below this are held out.
+
+    That is `share` of them in the long run. A source of two documents or more always has one held out: where chance
+    would leave none, the one with the smallest hash. Reading stops at the first document that is held out, so that
+    only small sources are read whole.
+    """
+    limit = int(share * 2**64)
+    smallest, count = 2**64, 0
+    skipped: Counter[str] = Counter()
+    for chunk in corpus.chunks():
+        for document in read(chunk, corpus.source, skipped):
+            hashed = document_hash(document.id)
+            if hashed < limit:
+                return limit
+            smallest, count = min(smallest, hashed), count + 1
+    return smallest + 1 if count > 1 and share > 0 else 0

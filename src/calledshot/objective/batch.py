@@ -1,0 +1,38 @@
+"""What one step of the model sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PADDING = -1
+"""`documents` where a row holds nothing."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T positions; every array but `sources` is (B, T).
+
+    The query at t may see the key at s if and only if `documents[t] == documents[s]` and `s <= t`.
+    """
+
+    inputs: np.ndarray
+    """int32 token ids; the pad id on padding."""
+    targets: np.ndarray
+    """int32 ids to predict; the pad id on padding."""
+    loss_weights: np.ndarray
+    """float32 weight of each target's loss; 0 on padding."""
+    documents: np.ndarray
+    """int32 index of the piece within its row, from 0; -1 on padding."""
+    positions: np.ndarray
+    """int32 RoPE position; restarts at 0 with each piece, 0 on padding."""
+    regions: np.ndarray
+    """int8; 0 is causal. Others are reserved for prefixes."""
+    sources: np.ndarray
+    """int32 (B,): index of each row's source in the mixture."""
+
+    @property
+    def tokens(self) -> int:
+        """Targets that carry loss."""
+        return int(np.count_nonzero(self.loss_weights))
