@@ -146,7 +146,7 @@ def cost_rows(costs: Cost) -> list[tuple[str, str, str]]:
         ("  of it attention", number(flops.attention), f"at {costs.shape.context:,} tokens of context, causal"),
         ("weights", size(sizes.weights), "copy in the matmuls' type"),
         ("master weights", size(sizes.master), "float32"),
-        ("gradients", size(sizes.gradients), "float32"),
+        ("gradients", size(sizes.gradients), "sum and present micro-batch"),
         ("optimizer", size(sizes.optimizer), "float32"),
         ("activations", size(sizes.activations), f"estimate, micro-batch of {costs.micro_tokens:,} tokens"),
         ("checkpoint", size(sizes.checkpoint), ""),

@@ -11,8 +11,10 @@ from .errors import UsageError
 from .schema import Recipe
 
 DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}
-LOSS_CHUNK = 1024
-"""Positions whose logits stand in memory at once, in the estimate of the activations."""
+LOSS_CHUNK = 512
+"""Positions whose logits stand in memory at once."""
+EAGER = 2.0
+"""Activations without compiled blocks, relative to with them: the norms' and rotations' float32 steps are kept."""
 RESERVE = 0.1
 """Share of a device's memory left to the allocator, the kernels and the communication."""
 
@@ -78,7 +80,7 @@ class Bytes:
     master: int
     """float32 parameters."""
     gradients: int
-    """float32, summed over the micro-batches."""
+    """float32 sum over the micro-batches, and those of the present one in the type of the matmuls."""
     optimizer: int
     """float32: Muon one moment for each matrix, AdamW two for everything else."""
     activations: int
@@ -173,18 +175,21 @@ def flops_per_token(model: Shape) -> Flops:
     )
 
 
-def activation_bytes(model: Shape, micro_tokens: int, dtype_bytes: int = 2) -> int:
+def activation_bytes(model: Shape, micro_tokens: int, dtype_bytes: int = 2, compiled: bool = True) -> int:
     """Estimate of what one micro-batch keeps for its backward pass, without recomputation.
 
-    A layer keeps, for each token: its input, the normed input, queries, keys and values before their norm, queries
-    and keys after it, the attention's output, the feed-forward's input and normed input, gate, up and their product.
-    Attention keeps no square of scores. On top stand the embedding's output and the final norm's, and of the chunked
-    cross-entropy the float32 logits of `LOSS_CHUNK` positions and their gradient.
+    A compiled layer keeps, for each token: its input, the normed input, queries, keys and values before their norm,
+    queries and keys after it, the attention's output, its row of the documents' mask (T), the feed-forward's input and
+    normed input, gate, up and their product; the tensors that autograd saves sum to 1.005 of it. The square of scores
+    that the CPU's attention keeps comes on top and is not counted. Then the embedding's and the final norm's output,
+    and of the chunked cross-entropy the float32 logits of `LOSS_CHUNK` positions with their gradient and the head's
+    gradient.
     """
     D, H, K, C, F = model.width, model.heads, model.kv_heads, model.head_width, model.hidden
-    layer = 4 * D + (H + 2 * K) * C + (H + K) * C + H * C + 3 * F
-    loss = min(LOSS_CHUNK, micro_tokens) * model.vocabulary * 4 * 2
-    return micro_tokens * (model.layers * layer + 2 * D) * dtype_bytes + loss
+    layer = 4 * D + (H + 2 * K) * C + (H + K) * C + H * C + model.context + 3 * F
+    blocks = micro_tokens * model.layers * layer * dtype_bytes * (1 if compiled else EAGER)
+    head = min(LOSS_CHUNK, micro_tokens) * model.vocabulary * 8 + model.vocabulary * D * (4 + dtype_bytes)
+    return int(blocks) + micro_tokens * 2 * D * dtype_bytes + head
 
 
 def optimizer_bytes(counts: Parameters, optimizer: str) -> int:
@@ -228,9 +233,9 @@ def cost(recipe: Recipe, tokens_per_second: float | None = None) -> Cost:
         bytes=Bytes(
             weights=0 if dtype_bytes == 4 else counts.total * dtype_bytes,
             master=4 * counts.total,
-            gradients=4 * counts.total,
+            gradients=(4 + dtype_bytes) * counts.total,
             optimizer=optimizer,
-            activations=activation_bytes(model, micro_tokens, dtype_bytes),
+            activations=activation_bytes(model, micro_tokens, dtype_bytes, recipe.parallel.compile != "off"),
             kv_cache_per_token=2 * model.layers * model.kv_heads * model.head_width * dtype_bytes,
             checkpoint=4 * counts.total + optimizer,
         ),
@@ -280,7 +285,7 @@ def memory(recipe: Recipe, ranks: int = 1, memory: int = 80 * 2**30) -> Memory:
     fixed = found.bytes.fixed
 
     def activations(rows: int) -> int:
-        return activation_bytes(model, rows * context, dtype_bytes)
+        return activation_bytes(model, rows * context, dtype_bytes, recipe.parallel.compile != "off")
 
     best = next(
         (n for n in range(share, 0, -1) if rows % n == 0 and fixed + activations(n) <= usable),
