@@ -212,6 +212,8 @@ class Evals:
     """Prompts completed at each measurement, for samples.jsonl."""
     sample_tokens: int = 64
     """Length of such a completion."""
+    norms_every_steps: int = 0
+    """Norms of gradients, updates and activations by layer each so many steps; 0 never."""
 
 
 @dataclass(frozen=True)
