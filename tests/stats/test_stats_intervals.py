@@ -153,3 +153,6 @@ def test_weights_of_nothing_and_labels_of_other_items_are_refused() -> None:
         mean_interval([1, 2], clusters=[1, 2, 3])
     with pytest.raises(ValueError, match="no share"):
         wilson(3, 2)
+    for interval in (mean_interval, bootstrap_interval):
+        with pytest.raises(ValueError, match="level"):
+            interval([0, 1], level=95)

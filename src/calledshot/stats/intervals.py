@@ -68,7 +68,7 @@ def mean_interval(
     if count == 1:
         return Interval(value, -np.inf, np.inf, level)
     error = np.sqrt(count / (count - 1) * np.sum((sums - value * sizes) ** 2)) / sizes.sum()
-    reach = float(special.stdtrit(count - 1, (1 + level) / 2) * error)
+    reach = float(special.stdtrit(count - 1, upper_end(level)) * error)
     return Interval(value, value - reach, value + reach, level)
 
 
@@ -84,9 +84,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Bootstrap interval for a mean: whole clusters are drawn with replacement. Arguments as for `mean_interval`.
 
-    The same arguments and seed give the same interval. Equal clusters are drawn together, so a
-    million outcomes of 0 and 1 take no longer than a thousand; numbers that all differ take some 8 ns for each of
-    N * resamples draws.
+    The same arguments and seed give the same interval. Equal clusters are drawn together, so a million outcomes of 0
+    and 1 take a quarter of a second; numbers that all differ take some 8 ns for each of N * resamples draws.
 
     Source: Efron (1987), "Better Bootstrap Confidence Intervals", for BCa, with ties counted half; "percentile"
     corrects neither bias nor skewness.
@@ -96,7 +95,7 @@ def bootstrap_interval(
     if len(sums) == 1:
         return Interval(value, -np.inf, np.inf, level)
     means = np.concatenate(list(_resampled_means(sums, sizes, resamples, np.random.default_rng(seed))))
-    ends = np.array([(1 - level) / 2, (1 + level) / 2])
+    ends = np.array([1 - upper_end(level), upper_end(level)])
     if method == "bca":
         ends = _bca_ends(ends, means, value, sums, sizes)
     low, high = np.quantile(means, ends)
@@ -110,11 +109,16 @@ def check_counts(successes: int, trials: int) -> None:
         raise ValueError(f"{successes} successes in {trials} trials is no share")
 
 
-def two_sided_z(level: float) -> float:
-    """The normal quantile that leaves (1 - level) / 2 above it: 1.96 for 0.95."""
+def upper_end(level: float) -> float:
+    """The quantile at the upper end of a two-sided interval: 0.975 for 0.95."""
     if not 0 < level < 1:
         raise ValueError(f"a level lies between 0 and 1, not at {level}")
-    return float(special.ndtri((1 + level) / 2))
+    return (1 + level) / 2
+
+
+def two_sided_z(level: float) -> float:
+    """The upper end in standard errors of a normal estimate: 1.96 for 0.95."""
+    return float(special.ndtri(upper_end(level)))
 
 
 def cluster_sums(values: ArrayLike, weights: ArrayLike | None, clusters: ArrayLike | None) -> tuple[Floats, Floats]:

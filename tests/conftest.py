@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
     """Gives the path of a file of acceptance data; skips the test where it is absent."""
-    root = Path(os.environ.get("CALLEDSHOT_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    root = Path(os.environ.get("CALLEDSHOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
     def find(name: str) -> Path:
         if not (root / name).exists():
