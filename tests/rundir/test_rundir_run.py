@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from crash import crashes
+from rundir_crash import crashes
 
 from calledshot.recipe.errors import RunError, UsageError
 from calledshot.rundir import RunDirectory, find_lab, read_metrics, resolve_checkpoint, resolve_run, runs, write_json

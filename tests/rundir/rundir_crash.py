@@ -1,10 +1,11 @@
-"""Kills a child process at each thing it does to the file system, one after the other."""
+"""Faults made to order: a process killed at each thing it does to the file system, a disk filled to the last byte."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 _KILLED = 77
@@ -40,3 +41,16 @@ def crashes(action: Callable[[], object], prepare: Callable[[], object]) -> Iter
             return
         yield number
     raise AssertionError("never came to an end")
+
+
+def fill(disk: Path) -> Path:
+    """Uses a disk up to the last byte."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while file.write(b"x" * size):
+                    pass
+            except OSError:
+                pass
+    return filler

@@ -7,23 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crash import crashes
+from rundir_crash import crashes, fill
 
 from calledshot.recipe.errors import RunError
 from calledshot.rundir import JsonLines, atomic_write, parse_time, read_json, read_jsonl, utc_now, write_json
-
-
-def fill(disk: Path) -> Path:
-    """Uses a disk up to the last byte."""
-    filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (4096, 1):
-            try:
-                while file.write(b"x" * size):
-                    pass
-            except OSError:
-                pass
-    return filler
 
 
 def test_a_line_torn_at_any_byte_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:

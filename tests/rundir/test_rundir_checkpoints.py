@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from crash import crashes
-from test_files import fill
+from rundir_crash import crashes, fill
 
 from calledshot.recipe.errors import RunError, UsageError
 from calledshot.rundir import RunDirectory, read_json

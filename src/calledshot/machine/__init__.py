@@ -1,0 +1,26 @@
+"""What this machine is and can do: description, fingerprint, measured peaks, NVML. Only what measures imports torch."""
+
+from calledshot.machine.cpu import usable_cores
+from calledshot.machine.describe import describe, fingerprint
+from calledshot.machine.doctor import Finding, diagnose
+from calledshot.machine.gpu import Gpu, gpus, read_gpu
+from calledshot.machine.peaks import PEAKS, MfuRange, mfu_range, table_peak
+from calledshot.machine.probe import Peak, matmul_peak, memory_bandwidth
+
+__all__ = [
+    "PEAKS",
+    "Finding",
+    "Gpu",
+    "MfuRange",
+    "Peak",
+    "describe",
+    "diagnose",
+    "fingerprint",
+    "gpus",
+    "matmul_peak",
+    "memory_bandwidth",
+    "mfu_range",
+    "read_gpu",
+    "table_peak",
+    "usable_cores",
+]
