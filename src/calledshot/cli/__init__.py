@@ -17,6 +17,8 @@ Call the result, take the shot, keep it alive, report it honestly."""
 
 VERBS: tuple[tuple[str, str, str], ...] = (
     ("recipe", "calledshot.cli.recipe:app", "List, show, check, size up and compare recipes."),
+    ("data", "calledshot.cli.data:app", "Prepare data, look at what is in them, see what the model sees."),
+    ("doctor", "calledshot.cli.doctor:doctor", "What this machine is, what it lacks, and what would fix it."),
 )
 """Verb, `module:attribute` of its function or `App`, and its line in the help. The order is that of the help."""
 
