@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from calledshot.recipe import UsageError, load_recipe, presets, problems, to_toml
 
@@ -226,6 +228,7 @@ def test_problems_lists_all_of_them():
         (b"[model]\nlayers = 1e400\n", "finite"),
         (b"[model]\nrope_base = nan\n", "finite"),
         (b"[model]\nlayers = " + b"9" * 400 + b"\n", "finite"),
+        (b"[model]\nlayers = " + b"9" * 5000 + b"\n", "not valid TOML"),
         (b"[data]\nsources = 'python'\n", "list of tables"),
         (b"[data]\nsources = ['python']\n", "table of keys"),
         (b"[evals]\nprompts = [1]\n", "evals.prompts.0"),
@@ -266,3 +269,30 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "bom.toml"
     path.write_bytes(b"\xef\xbb\xbfextends = 'demo'\nseed = 7\n")
     assert load_recipe(str(path)).seed == 7
+
+
+KEY_PARTS = st.sampled_from(
+    ["data", "sources", "phases", "weights", "model", "layers", "0", "1", "skip", "prompts", "x", ""]
+)
+VALUES = st.sampled_from(["1", "-1", "{}", "[]", "[{}]", "{a=1}", "'", '"x"', "1e999999", "9" * 5000, "x\ny = 2", "é"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(KEY_PARTS, min_size=1, max_size=5), VALUES | st.text(max_size=4), st.sampled_from(["{}={}", "--{}={}"]))
+def test_whatever_is_typed_is_a_recipe_or_one_line(parts, value, style):
+    token = style.format(".".join(parts), value)
+    try:
+        load_recipe("demo", [token], checked=False)
+    except UsageError as error:
+        assert str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_whatever_is_in_a_file_is_a_recipe_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("any") / "any.toml"
+    path.write_bytes(content)
+    try:
+        load_recipe(str(path))
+    except UsageError as error:
+        assert "any.toml" in str(error)

@@ -38,9 +38,9 @@ def unit(parser: Any) -> Any:
     return convert
 
 
-Share = Annotated[float, Parameter(converter=unit(units.share))]
-Peak = Annotated[float, Parameter(converter=unit(units.flops))]
-Size = Annotated[int, Parameter(converter=unit(units.bytes_))]
+Share = Annotated[float, Parameter(converter=unit(units.share), show_default="{:.0%}".format)]
+Peak = Annotated[float, Parameter(converter=unit(units.flops), show_default=units.show_count)]
+Size = Annotated[int, Parameter(converter=unit(units.bytes_), show_default=units.show_bytes)]
 Speed = Annotated[float, Parameter(converter=unit(lambda text: float(units.count(text))))]
 
 

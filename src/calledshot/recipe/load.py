@@ -127,7 +127,7 @@ def read_toml(path: Path, name: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UsageError(f"{name}: not UTF-8 (line {line}); save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UsageError(f"{name}: not valid TOML: {error}") from None
     except RecursionError:
         raise UsageError(f"{name}: not valid TOML: nested too deeply") from None

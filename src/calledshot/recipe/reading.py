@@ -134,9 +134,9 @@ def parse_text(kind: Any, text: str | None, key: str) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # TOMLDecodeError, and integers of thousands of digits
         raise UsageError(
-            f"{COMMAND_LINE}: {key}={text} is not a TOML value (a list is [1, 2], a table {{a = 1}})"
+            f"{COMMAND_LINE}: {key} = {text!r} is not a TOML value (a list is [1, 2], a table {{a = 1}})"
         ) from None
 
 
