@@ -31,7 +31,7 @@ def commands(app: App, path: tuple[str, ...] = ()) -> set[str]:
 
 
 def test_the_commands_are_these():
-    """The public surface: adding a command is a decision, so `COMMANDS` is edited by hand, with each line of `VERBS`."""
+    """The public surface: adding a command is a decision, so `COMMANDS` is edited by hand, as is `VERBS`."""
     assert commands(command()) == {line for line in COMMANDS.split("\n") if line}
 
 
