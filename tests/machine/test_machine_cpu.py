@@ -106,7 +106,7 @@ def test_preloaded_libraries_are_seen(tmp_path: Path) -> None:
     place(
         tmp_path,
         {
-            "both": f"{line}/usr/lib/libtcmalloc_minimal.so.4.5.10\n{line}/venv/lib/libiomp5.so\n{line}/lib/libgomp.so.1\n",
+            "both": f"{line}/lib/libtcmalloc_minimal.so.4.5.10\n{line}/venv/lib/libiomp5.so\n{line}/lib/libgomp.so.1\n",
             "neither": f"{line}/usr/lib/libc.so.6\n{line}/venv/torch/lib/libgomp-a34b3233.so.1\n",
         },
     )

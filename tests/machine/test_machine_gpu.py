@@ -18,19 +18,23 @@ class Driver(SimpleNamespace):
 
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0
-    opened = 0
 
     def nvmlInit(self) -> None:
-        self.opened += 1
-
-    def nvmlShutdown(self) -> None:
-        self.opened -= 1
+        pass
 
     def nvmlDeviceGetCount(self) -> int:
         return 2
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        return handle
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        if uuid not in ("GPU-0000", "GPU-0001"):
+            raise NVMLError("not found")
+        return int(uuid[-1])
 
     def nvmlDeviceGetName(self, handle: int) -> str | bytes:
         return ["NVIDIA H200", b"GRID T4-1Q"][handle]
@@ -57,14 +61,12 @@ class Driver(SimpleNamespace):
 
 
 def test_readings_and_those_a_card_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver()
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setitem(sys.modules, "pynvml", Driver())
     full, bare = gpus()
     assert full == Gpu(0, "NVIDIA H200", "GPU-0000", 150_000_000_000, 7, 41, 700.0, 3600.0)
     assert bare == Gpu(1, "GRID T4-1Q", "GPU-0001", None, None, None, None, None)
     assert read_gpu("0001") == read_gpu("GPU-0001") == bare
     assert read_gpu("0002") is None
-    assert driver.opened == 0
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,11 @@ def test_probes_agree_with_a_stopwatch() -> None:
     assert machine.matmul_peak("float32", seconds=0.3).highest == pytest.approx(
         2 * 1024**3 / seconds(lambda: a @ b), rel=4
     )
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    assert machine.matmul_peak("bfloat16", seconds=0.01).lowest > 0
+    assert torch.equal(torch.randn(3), expected)  # a run's random numbers are its own
     copied = 2 * big.nbytes / seconds(lambda: other.copy_(big))
     assert copied / 5 < machine.memory_bandwidth(0.2) < copied * 5
 

@@ -25,13 +25,17 @@ class Gpu:
 
 def gpus() -> list[Gpu]:
     """Every GPU of this machine, whatever CUDA_VISIBLE_DEVICES says; [] without one or without its driver."""
-    return _with_nvml(lambda nvml: [_read(nvml, i) for i in range(nvml.nvmlDeviceGetCount())]) or []
+
+    def read(nvml: Any) -> list[Gpu]:
+        return [_read(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
+
+    return _with_nvml(read) or []
 
 
 def read_gpu(uuid: str) -> Gpu | None:
     """The GPU of that UUID (with `GPU-` or, as torch gives it, without); None where it cannot be read."""
-    wanted = uuid.removeprefix("GPU-")
-    return next((gpu for gpu in gpus() if gpu.uuid.removeprefix("GPU-") == wanted), None)
+    full = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+    return _with_nvml(lambda nvml: _read(nvml, nvml.nvmlDeviceGetHandleByUUID(full)))
 
 
 def driver_version() -> str | None:
@@ -40,7 +44,10 @@ def driver_version() -> str | None:
 
 
 def _with_nvml(read: Callable[[Any], Any]) -> Any:
-    """What `read` gives of an initialised NVML; None where there is none."""
+    """What `read` gives of an initialised NVML; None where there is none.
+
+    NVML is left open: only the first call of a process then costs tens of milliseconds.
+    """
     try:
         import pynvml
 
@@ -51,13 +58,9 @@ def _with_nvml(read: Callable[[Any], Any]) -> Any:
         return read(pynvml)
     except pynvml.NVMLError:
         return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
-def _read(nvml: Any, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-
+def _read(nvml: Any, handle: Any) -> Gpu:
     def reading(read: Callable[[], float], scale: float = 1.0) -> float | None:
         try:
             return read() * scale
@@ -69,7 +72,7 @@ def _read(nvml: Any, index: int) -> Gpu:
     except nvml.NVMLError:  # cards that share the host's memory
         memory = None
     return Gpu(
-        index=index,
+        index=int(nvml.nvmlDeviceGetIndex(handle)),
         name=_text(nvml.nvmlDeviceGetName(handle)),
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         memory_bytes=None if memory is None else int(memory.total),

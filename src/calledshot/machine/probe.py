@@ -33,20 +33,27 @@ def matmul_peak(dtype: str = "bfloat16", seconds: float = 1.0, device: str = "cp
 
     kind = torch.device(device).type
     shapes = _CPU_SHAPES if kind == "cpu" else _GPU_SHAPES
+    kept = getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(0)  # a probe within a run must not move the run's random numbers
     deadline = time.perf_counter() + seconds
     best: list[float] = []
     for number, (m, k, n) in enumerate(shapes):
         left = deadline - time.perf_counter()
         if best and left <= 0:
             break
-        a_MK = torch.randn(m, k, device=device).to(getattr(torch, dtype))
-        b_KN = torch.randn(k, n, device=device).to(getattr(torch, dtype))
-        out_MN = torch.empty(m, n, device=device, dtype=a_MK.dtype)
+        try:
+            a_MK = torch.randn(m, k, device=device, dtype=kept, generator=generator)
+            b_KN = torch.randn(k, n, device=device, dtype=kept, generator=generator)
+            out_MN = torch.empty(m, n, device=device, dtype=kept)
+        except torch.OutOfMemoryError:  # a run that is being measured has taken what there is
+            if best:
+                break
+            raise
 
         def work(a_MK: torch.Tensor = a_MK, b_KN: torch.Tensor = b_KN, out_MN: torch.Tensor = out_MN) -> None:
             torch.mm(a_MK, b_KN, out=out_MN)
 
-        times = _times(work, max(left, 0) / (len(shapes) - number), kind)
+        times = _times(work, max(left, 0) / (len(shapes) - number), device)
         rates = [2 * m * k * n / one for one in times]
         if not best or statistics.median(rates) > statistics.median(best):
             best = rates
@@ -60,20 +67,22 @@ def memory_bandwidth(seconds: float = 0.5, device: str = "cpu") -> float:
     kind = torch.device(device).type
     source = torch.ones((256 if kind == "cpu" else 1024) * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    times = _times(lambda: target.copy_(source), seconds, kind)
+    times = _times(lambda: target.copy_(source), seconds, device)
     return 2 * source.nbytes / min(times)
 
 
-def _times(work: Callable[[], object], seconds: float, kind: str) -> list[float]:
+def _times(work: Callable[[], object], seconds: float, device: str) -> list[float]:
     """Seconds one call takes, in blocks long enough to be timed well, for about so many seconds."""
     import torch
+
+    kind = torch.device(device).type
 
     def block(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             work()
         if kind == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / calls
 
     deadline = time.perf_counter() + seconds
