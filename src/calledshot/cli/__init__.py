@@ -16,9 +16,16 @@ HELP = """A pretraining lab for small teams.
 Call the result, take the shot, keep it alive, report it honestly."""
 
 VERBS: tuple[tuple[str, str, str], ...] = (
+    ("train", "calledshot.cli.train:train", "Train a recipe, or go on with the run of that name."),
+    ("resume", "calledshot.cli.train:resume", "Go on with an interrupted run."),
+    ("demo", "calledshot.cli.demo:demo", "A small model on this interpreter's standard library, in minutes."),
     ("recipe", "calledshot.cli.recipe:app", "List, show, check, size up and compare recipes."),
     ("data", "calledshot.cli.data:app", "Prepare data, look at what is in them, see what the model sees."),
     ("doctor", "calledshot.cli.doctor:doctor", "What this machine is, what it lacks, and what would fix it."),
+    ("runs", "calledshot.cli.lab:runs", "The runs of this lab: state, progress, losses, speed."),
+    ("diff", "calledshot.cli.lab:diff", "Two runs side by side: recipe, environment, result."),
+    ("note", "calledshot.cli.lab:note", "Write a note on a run, tag it, or put it away."),
+    ("report", "calledshot.cli.lab:report", "One self-contained HTML file about one or more runs."),
 )
 """Verb, `module:attribute` of its function or `App`, and its line in the help. The order is that of the help."""
 

@@ -1,0 +1,95 @@
+"""Two or more runs side by side: recipes, environments, results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from calledshot.recipe import to_dict
+
+from . import figures
+from .figures import finite
+from .tables import comparability, efficiency
+from .view import View, open_view
+
+_ALWAYS_DIFFERENT = ("command", "incarnation", "pid", "time", "started")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value is not the same in all runs; None where a run lacks it."""
+
+    key: str
+    values: list[Any]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables; items of lists of tables are numbered."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        value = {str(place): item for place, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}
+
+
+def differences(tables: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """Keys of flat tables that are not the same in all of them, in the order in which they first appear."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [Difference(key, [table.get(key) for table in tables]) for key in keys]
+    return [row for row in rows if any(value != row.values[0] for value in row.values)]
+
+
+def recipe_differences(views: Sequence[View]) -> list[Difference]:
+    """Keys of the recipes that differ, `name` left out. Where this version understands all of them, defaults that one
+    does not spell out count as written."""
+    recipes = [view.recipe for view in views if view.recipe is not None]
+    tables = [to_dict(recipe) for recipe in recipes]
+    if len(tables) < len(views):
+        tables = [view.recipe_table for view in views]
+    return [row for row in differences([flatten(table) for table in tables]) if row.key != "name"]
+
+
+def environment_differences(views: Sequence[View]) -> list[Difference]:
+    """What differs between the machines, the software and the commits that the runs last ran on."""
+    rows = differences([flatten(view.environment) for view in views])
+    return [row for row in rows if row.key.rsplit(".", 1)[-1] not in _ALWAYS_DIFFERENT]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `shot diff` says."""
+
+    names: list[str]
+    recipe: list[Difference]
+    environment: list[Difference]
+    results: list[Difference]
+    """Every measured number of either run, equal ones too, as it is printed."""
+    notes: list[str]
+    """What to know before comparing."""
+    warnings: list[str]
+
+
+def compare(a: Any, b: Any) -> Comparison:
+    """Two runs (run directories or paths) side by side. UsageError where one is no run."""
+    views = [open_view(a), open_view(b)]
+    rows = [
+        Difference(line.label, [cell.text for cell in line.cells])
+        for line in efficiency(views)
+        if any(cell.text != figures.MISSING for cell in line.cells)
+    ]
+    for source in dict.fromkeys(source for view in views for source in view.sources):
+        for key, label in (("bits_per_byte", "bits per byte"), ("loss", "loss")):
+            values = [finite(view.final(source)[0].get(key)) for view in views]
+            rows.append(Difference(f"Held-out {label}, {source}", [figures.nats(value) for value in values]))
+    return Comparison(
+        names=[view.name for view in views],
+        recipe=recipe_differences(views),
+        environment=environment_differences(views),
+        results=rows,
+        notes=comparability(views),
+        warnings=[f"{view.name}: {warning}" for view in views for warning in view.warnings],
+    )
