@@ -27,9 +27,9 @@ def mask_BTS(documents_BT: Tensor) -> Tensor:
 def attend(q_BTKGC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor | None, *, blocked: bool) -> Tensor:
     """Causal attention inside documents; returns (B, T, K, G, C) in the dtype of `v`.
 
-    `blocked` takes the CPU path: plain products on blocks of rows, which `torch.compile` fuses with scale, mask and softmax (on two
-    AVX-512-BF16 cores, forward and backward together 2.9 times as fast as SDPA at 512 tokens). Otherwise SDPA, which is what
-    GPUs and long sequences want. `documents_BT` None means one document a row.
+    `blocked` takes the CPU path: plain products on blocks of rows, which `torch.compile` fuses with scale, mask and
+    softmax (on two AVX-512-BF16 cores, forward and backward together 2.9 times as fast as SDPA at 512 tokens).
+    Otherwise SDPA, which is what GPUs and long sequences want. `documents_BT` None means one document a row.
     """
     if blocked and q_BTKGC.size(1) <= BLOCKED_CONTEXT_LIMIT:
         return _attend_in_blocks(q_BTKGC, k_BTKC, v_BTKC, documents_BT)
@@ -46,7 +46,9 @@ def attend(q_BTKGC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor
 
 
 def _row_blocks(T: int) -> int:
-    """How many blocks of rows: each skips the keys after it, so four do 5/8 of the square; small rows do not repay it."""
+    """How many blocks of rows: each skips the keys after it, so four do 5/8 of the square; small rows do not repay
+    it.
+    """
     for blocks in (4, 2):
         if T % blocks == 0 and T // blocks >= 64:
             return blocks

@@ -16,8 +16,8 @@ Parameters are stored so that the last two axes are always one matrix and the ax
 | head_VD, unless tied | (V, D) | zero |
 | gains | (D,) or (C,) | one |
 
-Zero at the ends of the branches and at the head makes the first logits uniform at every width and depth, and leaves the growth to
-the learning rates, which transfer (`recipe.transfer`).
+Zero at the ends of the branches and at the head makes the first logits uniform at every width and depth, and leaves the
+growth to the learning rates, which transfer (`recipe.transfer`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from calledshot.recipe import schema, shape
 
 @dataclass
 class Cache:
-    """Keys and values of what was read so far: per layer (B, S, K, C). Row b holds positions 0, 1, 2, ... at indices 0, 1, 2, ...
+    """Keys and values of what was read so far: per layer (B, S, K, C). Row b holds positions 0, 1, 2, ... at indices 0,
+    1, 2, ...
 
     What lies behind a row's last written position is never seen, since a query sees positions up to its own.
     """
@@ -49,7 +50,9 @@ class Cache:
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467), in float32 inside."""
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467), in float32
+    inside.
+    """
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()).to(x.dtype)
 
@@ -80,7 +83,9 @@ class Block(nn.Module):
         documents_BT: Tensor | None = None,
         cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the mask over them (B, T, S)."""
+        """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the mask over them (B,
+        T, S).
+        """
         B, T, D = x_BTD.shape
         K, X, C, _ = self.qkv_KXCD.shape
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
@@ -125,7 +130,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill all parameters in place, in float32, from one generator on their device (table at the top of the file)."""
+        """Fill all parameters in place, in float32, from one generator on their device (table at the top of the
+        file).
+        """
         for name, parameter in self.named_parameters():
             kind = name.rpartition(".")[2]
             if kind == "embedding_VD":
@@ -139,7 +146,9 @@ class Decoder(nn.Module):
                 parameter.fill_(1.0)
 
     def compile_blocks(self) -> None:
-        """Compile each block (one graph serves all) and the loss. Whole-model compilation took 58 to 115 s here, this 20 to 45."""
+        """Compile each block (one graph serves all) and the loss. Whole-model compilation took 58 to 115 s here, this
+        20 to 45.
+        """
         for block in self.blocks:
             block.compile(dynamic=False)
         self.compiled = True
@@ -153,22 +162,39 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Normalised states (B, T, D) before the head. `tokens_BT` int; positions default to 0, 1, 2, ...
 
-        With a cache, the new keys and values are written at `positions_BT` and everything up to a token's own position is seen;
-        `documents_BT` must be None then.
+        With a cache, the new keys and values are written at `positions_BT` and everything up to a token's own position
+        is seen; `documents_BT` must be None then.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device)[None].expand_as(tokens_BT)
         x_BTD = F.embedding(tokens_BT, self.embedding_VD)
         cos, sin = rotary(positions_BT, self.derived.head_width, self.config.rope_base)
         if cache is None:
+            # Compiled code is for training: without gradients each new shape would be compiled once more.
             for block in self.blocks:
-                x_BTD = block(x_BTD, cos, sin, documents_BT)
+                x_BTD = (block if torch.is_grad_enabled() else block.forward)(x_BTD, cos, sin, documents_BT)
         else:
             seen_S = torch.arange(int(positions_BT.max()) + 1, device=tokens_BT.device)
             seen_BTS = seen_S[None, None] <= positions_BT[:, :, None]
             for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
                 x_BTD = block.forward(x_BTD, cos, sin, None, (keys, values, positions_BT, seen_BTS))
         return rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
+
+    @torch.no_grad()
+    def activation_scales(self, tokens_BT: Tensor, positions_BT: Tensor, documents_BT: Tensor) -> dict[str, float]:
+        """Root mean square of the embedding's, each block's and the last norm's output on these tokens."""
+        scales: dict[str, float] = {}
+
+        def note(name: str, x_BTD: Tensor) -> Tensor:
+            scales[name] = float(x_BTD.float().square().mean().sqrt())
+            return x_BTD
+
+        x_BTD = note("embedding", F.embedding(tokens_BT, self.embedding_VD))
+        cos, sin = rotary(positions_BT, self.derived.head_width, self.config.rope_base)
+        for number, block in enumerate(self.blocks):
+            x_BTD = note(f"blocks.{number}", block.forward(x_BTD, cos, sin, documents_BT))
+        note("final", rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon))
+        return scales
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (..., V) of `hidden_states`' result, float32, softcap applied."""

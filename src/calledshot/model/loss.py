@@ -2,7 +2,8 @@
 
 Shapes: N tokens, D width, V vocabulary.
 
-The gradients are made while each chunk's logits are at hand (10 to 25 % over full logits on a CPU), so the backward only scales them.
+The gradients are made while each chunk's logits are at hand (10 to 25 % over full logits on a CPU), so the backward
+only scales them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ compiled_chunk: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compile(_ch
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, targets_N, weights_N, scale, softcap, z_loss, compiled):  # noqa: ANN001
+    def forward(ctx, hidden_ND, head_VD, targets_N, weights_N, scale, softcap, z_loss, compiled):
         chunk = compiled_chunk if compiled else _chunk
         gradient_ND = torch.empty_like(hidden_ND)
         # Sums over chunks are kept in float32: bfloat16 would lose the small ones.
@@ -65,7 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss * scale, z_term * scale
 
     @staticmethod
-    def backward(ctx, loss_gradient, z_gradient):  # noqa: ANN001
+    def backward(ctx, loss_gradient, z_gradient):
         # The two outputs are always added: the gradients made in the forward are those of their sum.
         gradient_ND, gradient_VD = ctx.saved_tensors
         factor = loss_gradient.to(gradient_ND.dtype)
@@ -86,7 +87,8 @@ def chunked_cross_entropy(
     """Weighted sums of cross-entropy and z-loss (nats, float32), each multiplied by `scale`.
 
     `hidden_ND` and `head_VD` share a dtype; `targets_N` int64; `weights_N` float32; `scale` a float32 scalar tensor,
-    one over the weights of the whole batch, so that micro-batches add up to the batch's mean. Differentiate the sum of the two only.
+    one over the weights of the whole batch, so that micro-batches add up to the batch's mean. Differentiate the sum of
+    the two only.
     """
     return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, weights_N, scale, softcap, z_loss, compiled)
 

@@ -1,0 +1,54 @@
+"""`shot train` and `shot resume`."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from calledshot.cli.arguments import Override, RecipeName
+
+SinkName = Annotated[
+    list[str] | None, Parameter(name="--sink", negative=(), help="Also send metrics to wandb or tensorboard.")
+]
+
+
+def train(
+    recipe: RecipeName,
+    /,
+    *overrides: Override,
+    name: Annotated[str, Parameter(help="Name of the run; without it the recipe's.")] = "",
+    origin: Annotated[str, Parameter(name="--from", help="RUN@STEP to fork: begin with that checkpoint.")] = "",
+    fresh_optimizer: Annotated[bool, Parameter(help="Fork without the optimizer's state.", negative=())] = False,
+    sink: SinkName = None,
+) -> int:
+    """Train a recipe, or go on with the run of that name and recipe.
+
+    The run directory is runs/NAME in this lab. Ctrl-C finishes the step, saves and stops; the same command, or `shot
+    resume`, goes on.
+    """
+    from calledshot.cli.progress import bar
+    from calledshot.recipe import load_recipe
+    from calledshot.rundir import find_lab
+    from calledshot.training import train as run
+
+    resolved = load_recipe(recipe, overrides)
+    with bar() as progress:
+        return run(
+            resolved,
+            find_lab(),
+            name=name,
+            origin=origin,
+            fresh_optimizer=fresh_optimizer,
+            sinks=sink or (),
+            progress=progress,
+        )
+
+
+def resume(run: Annotated[str, Parameter(help="Name or folder of the run.")], /, *, sink: SinkName = None) -> int:
+    """Go on with a run from its newest whole checkpoint, exactly as its recipe says."""
+    from calledshot.cli.progress import bar
+    from calledshot.rundir import find_lab, resolve_run
+    from calledshot.training import resume as go_on
+
+    directory = resolve_run(run, find_lab())
+    with bar() as progress:
+        return go_on(directory, sinks=sink or (), progress=progress)

@@ -1,0 +1,324 @@
+"""AdamW and Muon over float32 master weights, with the working copy (bfloat16, say) written in the same pass.
+
+Every parameter's last two axes are one matrix and the axes before them a batch of independent ones (heads, the halves
+of the gate, stacked experts), so Muon needs no list of special cases.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calledshot.recipe import Recipe, UsageError, optimizer_groups
+
+KNOWN = ("muon", "adamw")
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic by Keller Jordan (https://kellerjordan.github.io/posts/muon), as in
+`torch.optim.Muon`.
+"""
+NEWTON_SCHULZ_BYTES = 256 * 2**20
+"""Most bytes of matrices orthogonalised in one batch."""
+
+
+@dataclass
+class Slot:
+    """One parameter: what the model computes with, the float32 truth, and its gradient of the present step."""
+
+    name: str
+    group: str
+    """matrix, embedding, head or vector."""
+    working: nn.Parameter
+    master: Tensor
+    gradient: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def collect(self) -> None:
+        """Take over the gradient that a backward pass left; the second and later micro-batches add up in float32."""
+        gradient, self.working.grad = self.working.grad, None
+        if gradient is None:
+            raise RuntimeError(f"{self.name} got no gradient")
+        if self.gradient is None:
+            self.gradient = gradient
+        else:
+            if self.gradient.dtype != torch.float32:
+                self.gradient = self.gradient.float()
+            self.gradient.add_(gradient)
+
+
+def group_of(name: str) -> str:
+    """Group of learning rates that a parameter of the trunk belongs to."""
+    kind = name.rpartition(".")[2]
+    if kind == "embedding_VD":
+        return "embedding"
+    if kind == "separate_head_VD":
+        return "head"
+    return "vector" if kind.endswith(("norm_D", "norm_C")) else "matrix"
+
+
+def make_slots(model: nn.Module, masters: Mapping[str, Tensor]) -> list[Slot]:
+    """Slots of a model's parameters; where the working dtype is float32, the parameter is its own master."""
+    slots = []
+    for name, parameter in model.named_parameters():
+        master = parameter.data if parameter.dtype == torch.float32 else masters[name]
+        slots.append(Slot(name, group_of(name), parameter, master))
+    return slots
+
+
+def gradient_norm(slots: Sequence[Slot]) -> Tensor:
+    """Global 2-norm of the gradients, float32."""
+    norms = [
+        torch.linalg.vector_norm(slot.gradient, dtype=torch.float32) for slot in slots if slot.gradient is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _adamw(
+    working: Tensor, master: Tensor, gradient: Tensor, first: Tensor, second: Tensor,
+    clip: Tensor, rate: Tensor, decay: Tensor, one_minus_beta1: Tensor, one_minus_beta2: Tensor,
+    correction1: Tensor, correction2: Tensor, epsilon: Tensor,
+) -> Tensor:  # fmt: skip
+    """One AdamW update (Loshchilov and Hutter 2019, arXiv 1711.05101), in place on flat tensors; the update's sum of
+    squares.
+    """
+    clipped = gradient.float() * clip
+    first.lerp_(clipped, one_minus_beta1)
+    second.lerp_(clipped.square(), one_minus_beta2)
+    direction = (first / correction1) / ((second / correction2).sqrt() + epsilon)
+    update = rate * direction + (rate * decay) * master
+    master.sub_(update)
+    working.copy_(master)
+    return update.square().sum()
+
+
+def _momentum(gradient: Tensor, buffer: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
+    """Nesterov momentum as `torch.optim.Muon` has it; returns the direction to orthogonalise, bfloat16."""
+    clipped = gradient.float() * clip
+    buffer.lerp_(clipped, 1.0 - momentum)
+    return clipped.lerp(buffer, momentum).bfloat16()
+
+
+def _apply(working: Tensor, master: Tensor, direction: Tensor, rate: Tensor, adjusted: Tensor, decay: Tensor) -> Tensor:
+    """Decoupled decay at `rate`, then the direction at `adjusted`; the update's sum of squares."""
+    update = adjusted * direction.float() + (rate * decay) * master
+    master.sub_(update)
+    working.copy_(master)
+    return update.square().sum()
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices by Newton-Schulz, in bfloat16 and in batches; (..., rows, columns) in and out.
+
+    Singular values come out between about 0.7 and 1.2, which is what Muon wants (Jordan et al. 2024).
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (torch.linalg.matrix_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if x.dim() == 3 else b * gram + c * gram @ gram
+        x = torch.baddbmm(x, polynomial, x, beta=a) if x.dim() == 3 else a * x + polynomial @ x
+    return x.mT if tall else x
+
+
+class Part:
+    """An optimizer over some of the slots."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
+
+    def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        """Update `number` (from 1) at a learning rate by group; the updates' squared norms by name."""
+        raise NotImplementedError
+
+
+class AdamW(Part):
+    def __init__(self, slots: Sequence[Slot], recipe: Recipe, compiled: bool) -> None:
+        super().__init__(slots)
+        self.settings = recipe.optimizer
+        self.kernel: Callable[..., Tensor] = torch.compile(_adamw, dynamic=True) if compiled else _adamw
+        for slot in self.slots:
+            slot.state = {"first": torch.zeros_like(slot.master), "second": torch.zeros_like(slot.master)}
+
+    def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        settings, squares = self.settings, {}
+        for slot in self.slots:
+            decay = settings.weight_decay if slot.group == "matrix" else 0.0
+            scalars = (
+                rates[slot.group], decay, 1.0 - settings.beta1, 1.0 - settings.beta2,
+                1.0 - settings.beta1**number, 1.0 - settings.beta2**number, settings.epsilon,
+            )  # fmt: skip
+            assert slot.gradient is not None
+            flat = [
+                t.view(-1) for t in (slot.working.data, slot.master, slot.gradient.contiguous(), *slot.state.values())
+            ]
+            # Numbers that change go in as tensors: as Python floats each step would be compiled anew.
+            squares[slot.name] = self.kernel(*flat, clip, *(torch.tensor(s, device=clip.device) for s in scalars))
+        return squares
+
+
+class Muon(Part):
+    """Muon (Jordan et al. 2024), orthogonalising the last two axes of every parameter, matrices of one shape
+    together.
+    """
+
+    def __init__(self, slots: Sequence[Slot], recipe: Recipe, compiled: bool) -> None:
+        super().__init__(slots)
+        self.settings = recipe.optimizer
+        self.momentum: Callable[..., Tensor] = torch.compile(_momentum, dynamic=True) if compiled else _momentum
+        self.apply: Callable[..., Tensor] = torch.compile(_apply, dynamic=True) if compiled else _apply
+        for slot in self.slots:
+            slot.state = {"momentum": torch.zeros_like(slot.master)}
+        self.batches = self._batch()
+
+    def _batch(self) -> list[list[Slot]]:
+        """Slots whose matrices have one shape, up to transposition, in batches of bounded size."""
+        by_shape: dict[tuple[int, ...], list[Slot]] = {}
+        for slot in self.slots:
+            by_shape.setdefault(tuple(sorted(slot.master.shape[-2:])), []).append(slot)
+        batches = []
+        for slots in by_shape.values():
+            size = 0
+            for slot in slots:
+                if size == 0 or size + 2 * slot.master.numel() > NEWTON_SCHULZ_BYTES:
+                    batches.append([])
+                    size = 0
+                batches[-1].append(slot)
+                size += 2 * slot.master.numel()
+        return batches
+
+    def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        settings, squares = self.settings, {}
+        scalar = lambda value: torch.tensor(value, device=clip.device)  # noqa: E731
+        for slots in self.batches:
+            directions = []
+            for slot in slots:
+                assert slot.gradient is not None
+                flat = self.momentum(
+                    slot.gradient.contiguous().view(-1),
+                    slot.state["momentum"].view(-1),
+                    clip,
+                    scalar(settings.momentum),
+                )
+                matrices = flat.view(-1, *slot.master.shape[-2:])
+                directions.append(matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices)
+            orthogonal = orthogonalise(torch.cat(directions)).split([len(each) for each in directions])
+            for slot, direction in zip(slots, orthogonal, strict=True):
+                rows, columns = slot.master.shape[-2:]
+                rate = rates[slot.group]
+                squares[slot.name] = self.apply(
+                    slot.working.data.view(-1), slot.master.view(-1),
+                    (direction.mT if rows > columns else direction).contiguous().view(-1),
+                    scalar(rate), scalar(rate * math.sqrt(max(1.0, rows / columns))), scalar(settings.weight_decay),
+                )  # fmt: skip
+        return squares
+
+
+class Borrowed(Part):
+    """Any `torch.optim.Optimizer` of the user's own, over the masters."""
+
+    def __init__(self, slots: Sequence[Slot], recipe: Recipe, factory: Callable[..., torch.optim.Optimizer]) -> None:
+        super().__init__(slots)
+        groups = [{"params": [slot.master], "group": slot.group} for slot in self.slots]
+        self.inner = factory(groups, lr=recipe.optimizer.learning_rate)
+
+    def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        before = [slot.master.clone() for slot in self.slots]
+        for slot, group in zip(self.slots, self.inner.param_groups, strict=True):
+            assert slot.gradient is not None
+            group["lr"] = rates[slot.group]
+            slot.master.grad = slot.gradient.float() * clip
+        for slot in self.slots:  # the state lives in the slots, so that checkpoints need not know whose it is
+            if slot.state:
+                self.inner.state[slot.master] = slot.state
+        self.inner.step()
+        for slot in self.slots:
+            slot.state = {
+                key: value if isinstance(value, Tensor) else torch.tensor(value)
+                for key, value in self.inner.state[slot.master].items()
+            }
+            slot.master.grad = None
+            slot.working.data.copy_(slot.master)
+        return {slot.name: (slot.master - old).square().sum() for slot, old in zip(self.slots, before, strict=True)}
+
+
+class Optimizer:
+    """All parts together: clipping, learning rates by group, and the state as named tensors."""
+
+    def __init__(
+        self, slots: list[Slot], recipe: Recipe, *, compiled: bool = False, folder: Path | None = None
+    ) -> None:
+        """`folder` is where a `file.py:Class` of the user's own is looked for first (the run directory's copy)."""
+        self.slots, self.settings, self.peaks = slots, recipe.optimizer, optimizer_groups(recipe)
+        name = recipe.optimizer.name
+        if name == "muon":
+            # A matrix of the blocks with one row or column has no orthogonalisation worth its name.
+            muon = [slot for slot in slots if slot.group == "matrix" and min(slot.master.shape[-2:]) > 1]
+            chosen = {id(slot) for slot in muon}
+            rest = [slot for slot in slots if id(slot) not in chosen]
+            self.parts: list[Part] = [Muon(muon, recipe, compiled), AdamW(rest, recipe, compiled)]
+        elif name == "adamw":
+            self.parts = [AdamW(slots, recipe, compiled)]
+        else:
+            self.parts = [Borrowed(slots, recipe, user_class(name, "optimizer.name", folder))]
+
+    @torch.no_grad()
+    def step(self, number: int, norm: Tensor, factor: float) -> dict[str, Tensor]:
+        """Update `number` (from 1) with the gradients in the slots, whose norm is `norm`; the updates' squared norms by
+        name.
+        """
+        limit = self.settings.clip
+        clip = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit else torch.ones_like(norm)
+        rates = {group: peak * factor for group, peak in self.peaks.items()}
+        squares: dict[str, Tensor] = {}
+        for part in self.parts:
+            squares |= part.step(number, clip, rates)
+        return squares
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for slot in self.slots:
+            slot.gradient = None
+
+    def state(self) -> dict[str, Tensor]:
+        """State by `PARAMETER.KEY`."""
+        return {f"{slot.name}.{key}": value for slot in self.slots for key, value in slot.state.items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the state that `state` gave."""
+        for slot in self.slots:
+            prefix = f"{slot.name}."
+            loaded = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            for key, value in loaded.items():
+                if key in slot.state:
+                    slot.state[key].copy_(value)
+                else:
+                    slot.state[key] = value.to(slot.master.device)
+
+
+def user_class(name: str, key: str, folder: Path | None = None) -> Any:
+    """The object that `file.py:Class` names; UsageError names the recipe's key when there is none."""
+    file, _, attribute = name.partition(":")
+    if not attribute or not file.endswith(".py"):
+        raise UsageError(f"{key} = {name!r}: is neither known nor of the form file.py:Class; known are muon, adamw")
+    candidates: Iterable[Path] = ([folder / Path(file).name] if folder else []) + [Path(file)]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise UsageError(f"{key} = {name!r}: there is no file {file}; write its path from where you call shot")
+    spec = importlib.util.spec_from_file_location(f"calledshot_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        raise UsageError(f"{key} = {name!r}: {path} holds no {attribute}")
+    return getattr(module, attribute)

@@ -1,0 +1,102 @@
+"""What the first start finds out about a machine: dtype, compilation, threads, and how many tokens fit the minutes
+asked for.
+
+The answers go to probes.json under the machine's fingerprint; later incarnations on that machine obey them, so that
+their arithmetic, and with it every loss, is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from calledshot import machine
+from calledshot.recipe import Recipe, cost, memory
+from calledshot.rundir import RunDirectory
+
+COMPILE_PAYS_SECONDS = 90.0
+"""Uncompiled training that takes less than this is not worth compiling: that alone takes 10 to 45 s on two cores."""
+BFLOAT16_PAYS = 1.3
+"""bfloat16 is taken where its matmuls are so many times quicker than float32's."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How this run computes on this machine."""
+
+    device: str
+    dtype: str
+    compile: bool
+    threads: int
+    micro_tokens: int
+
+
+def choose(recipe: Recipe, run: RunDirectory, device: torch.device) -> Machine:
+    """The decisions of an earlier incarnation on this machine, else new ones; what the recipe fixes is never probed."""
+    threads = recipe.parallel.threads or machine.usable_cores()
+    if device.type == "cpu" and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)  # before anything is traced: changing it later crashes dynamo
+    key = f"{machine.fingerprint()} {device.type}"
+    known = run.load("probes").get("machines", {}).get(key)
+    asked = recipe.parallel
+    probed = Machine(**known) if known else None
+    dtype = asked.dtype if asked.dtype != "auto" else probed.dtype if probed else _dtype(device)
+    micro = asked.micro_tokens or (probed.micro_tokens if probed else micro_tokens(recipe, device))
+    if asked.compile == "auto":
+        compiled = probed.compile if probed else _compile(recipe, device, dtype)
+    else:
+        compiled = asked.compile == "on"
+    chosen = Machine(device.type, dtype, compiled, threads, micro)
+    if probed != chosen:
+        probes = run.load("probes")
+        run.save("probes", {**probes, "machines": {**probes.get("machines", {}), key: asdict(chosen)}})
+    return chosen
+
+
+def micro_tokens(recipe: Recipe, device: torch.device) -> int:
+    """Largest divisor of the batch, in whole sequences, that is known to be quick: 4,096 tokens on a CPU (caches),
+    65,536 on a GPU as far as memory goes."""
+    context, rows = recipe.model.context, recipe.batch.tokens // recipe.model.context
+    limit = 4096 if device.type == "cpu" else 65_536
+    if device.type == "cuda":
+        fits = memory(recipe, memory=torch.cuda.get_device_properties(device).total_memory).micro_tokens
+        limit = min(limit, fits or context)
+    best = max((n for n in range(1, rows + 1) if rows % n == 0 and n * context <= limit), default=1)
+    return best * context
+
+
+def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _dtype(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    wide = torch.randn(1024, 1024)
+    narrow = wide.bfloat16()
+    return (
+        "bfloat16" if _seconds(lambda: wide @ wide) > BFLOAT16_PAYS * _seconds(lambda: narrow @ narrow) else "float32"
+    )
+
+
+def _compile(recipe: Recipe, device: torch.device, dtype: str) -> bool:
+    """Whether compiling repays itself: not for runs that are short anyhow, and not without a C++ compiler."""
+    if device.type == "cpu" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        return False
+    if recipe.duration.minutes:
+        return recipe.duration.minutes * 60 > COMPILE_PAYS_SECONDS
+    costs = cost(recipe)
+    peak = machine.matmul_peak(dtype, seconds=0.3, device=device.type)
+    assert costs.flops is not None
+    return costs.flops / (0.3 * max(peak)) > COMPILE_PAYS_SECONDS

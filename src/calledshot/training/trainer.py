@@ -1,0 +1,401 @@
+"""The loop: batches in, updates out, and a run directory that says what happened."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calledshot import machine
+from calledshot.data import Batches, HeldOut, Prepared
+from calledshot.model import Decoder
+from calledshot.objective import Batch
+from calledshot.recipe import Recipe, RunError, UsageError, cost
+from calledshot.rundir import RunDirectory, parse_time
+from calledshot.training import probe, state
+from calledshot.training.console import Console, quantity, step_line
+from calledshot.training.evaluation import evaluate, write_samples
+from calledshot.training.gauges import EnergyMeter, memory_bytes, peak_memory_bytes
+from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
+from calledshot.training.schedule import learning_rate_factor
+from calledshot.training.sinks import Sink
+from calledshot.training.stop import Stop
+
+NON_FINITE_LIMIT = 5
+"""Steps in a row whose loss or gradient is not finite, after which the run has failed."""
+WARMUP_STEPS = 3
+"""First steps of an incarnation that no rate is taken from."""
+HEARTBEAT_SECONDS = 5.0
+PROBE_SECONDS = 6.0
+SMOOTHING = 20
+"""Steps whose median is the rate that the console shows."""
+
+
+class Trainer:
+    """One incarnation of a run on one machine."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        prepared: Prepared,
+        console: Console,
+        stop: Stop,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        """`recipe` is resolved (`load.sized`); the run's lock is held and its incarnation begun."""
+        self.recipe, self.run, self.prepared = recipe, run, prepared
+        self.console, self.stop, self.sinks = console, stop, sinks
+        self.started = time.monotonic()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.machine = probe.choose(recipe, run, self.device)
+        self.micro_rows = self.machine.micro_tokens // recipe.model.context
+        self.cost = cost(recipe)
+        self.counters = state.Counters()
+        self.non_finite = 0
+        self.peaks: list[float] = []
+        self.rates: list[float] = []
+        self.meter, self.energy_before = EnergyMeter(self.device), 0.0
+        self.held_out = HeldOut(prepared, recipe)
+        self._build()
+
+    def _build(self) -> None:
+        """A freshly initialised model with its masters and optimizer."""
+        with torch.device("meta"):
+            model = Decoder(self.recipe.model)
+        model.to_empty(device=self.device)
+        model.initialise(torch.Generator(self.device).manual_seed(self.recipe.seed))
+        masters = {name: parameter.data for name, parameter in model.named_parameters()}
+        self.model = model.to(getattr(torch, self.machine.dtype))
+        if self.machine.dtype == "float32":
+            masters = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        self.masters = masters
+        for block in self.model.blocks:
+            block.blocked_attention = self.device.type == "cpu" and self.machine.compile
+        if self.machine.compile:
+            self.model.compile_blocks()
+        slots = make_slots(self.model, masters)
+        self.optimizer = Optimizer(slots, self.recipe, compiled=self.machine.compile, folder=self.run.path)
+
+    def restore(self, run: RunDirectory, step: int | None = None, *, with_optimizer: bool = True) -> bool:
+        """Take the state of a checkpoint of `run`; False when it has none."""
+        found = state.find(run, step)
+        if found is None:
+            return False
+        for fault in found.passed_over:
+            self.console.say(f"warning: {fault}; an older checkpoint is taken")
+            self.run.writer("events").append({"kind": "damaged_checkpoint", "message": fault, "step": found.step})
+        state.copy_into(self.masters, state.read_tensors(found.path / state.MODEL, self.device), found.path)
+        with torch.no_grad():
+            for slot in self.optimizer.slots:
+                slot.working.copy_(slot.master)
+        self.counters = state.read_counters(found.path)
+        self.energy_before = self.counters.energy_joules or 0.0
+        if with_optimizer:
+            self.optimizer.load_state(state.read_tensors(found.path / state.OPTIMIZER, self.device))
+        else:
+            self.counters.updates = 0
+        return True
+
+    def banner(self) -> str:
+        """One line: what is trained, on what."""
+        counts, chosen = self.cost.parameters, self.machine
+        start = f", going on from step {self.counters.step}" if self.counters.step else ""
+        return (
+            f"{self.run.name}: {quantity(counts.total)} parameters ({quantity(counts.non_embedding)} non-embedding), "
+            f"{quantity(self.cost.flops_per_token.total)} FLOPs a token; {chosen.dtype} on {chosen.device}, "
+            f"{chosen.threads} threads, {'compiled' if chosen.compile else 'not compiled'}{start}"
+        )
+
+    # The run
+
+    def train(self) -> str:
+        """Trains from where the counters are to the end; the state that the run is left in: done or interrupted."""
+        self._probe_peak()
+        steps = self._steps()
+        if self.counters.step > steps:
+            raise UsageError(
+                f"{self.run.path}: is at step {self.counters.step}, but the recipe ends at {steps}; "
+                "a fork's duration counts from the beginning of the run it comes from"
+            )
+        skips = sorted({int(row["step"]) for row in self.run.rows("skips") if "step" in row})
+        batches = Batches(self.prepared, self.recipe, steps=steps, skips=skips)
+        every = self.recipe.evals.every_steps or max(1, steps // 10)
+        saved_at = time.monotonic()
+        beat = 0.0
+        for number, batch in batches.prefetch(self.counters.step, steps):
+            self._record(self._step(number, batch, steps), steps)
+            done, now = self.counters.step, time.monotonic()
+            if now - beat > HEARTBEAT_SECONDS:
+                self._status("running", steps)
+                beat = now
+            if self.stop.requested:
+                break
+            if done < steps:
+                if done % every == 0:
+                    self._evaluate(self.recipe.evals.tokens)
+                if self._save_due(done, saved_at):
+                    self._save()
+                    saved_at = time.monotonic()
+        self._save()
+        if not self.stop.requested:
+            self._evaluate(self.recipe.evals.final_tokens)
+        outcome = "interrupted" if self.stop.requested else "done"
+        if outcome == "done":
+            self._summarise(batches.packing_loss)
+        self._status(outcome, steps)
+        return outcome
+
+    def _steps(self) -> int:
+        """Updates in the whole run. Minutes become tokens at the first start, by measuring, and stay so."""
+        if not self.recipe.duration.minutes:
+            assert self.cost.steps is not None
+            return self.cost.steps
+        probes = self.run.load("probes")
+        if "steps" not in probes:
+            seconds = self._measure()
+            spent = time.monotonic() - self.started
+            tokens_per_second = self.recipe.batch.tokens / seconds
+            settings = self.recipe.evals
+            held_out = sum(
+                9 * self.held_out.select(source, settings.tokens).tokens
+                + self.held_out.select(source, settings.final_tokens).tokens
+                for source in self.held_out.sources
+            )
+            # Held-out loss is a forward pass, a third of the work, and not compiled: about twice the training's speed.
+            evaluation = held_out / (2.0 * tokens_per_second)
+            left = max(self.recipe.duration.minutes * 60 - spent - evaluation, 0.1 * self.recipe.duration.minutes * 60)
+            probes = self.run.load("probes")
+            probes |= {"steps": max(10, round(left / seconds)), "tokens_per_second": tokens_per_second}
+            self.run.save("probes", probes)
+            self.console.say(
+                f"{self.recipe.duration.minutes:g} minutes at {tokens_per_second:,.0f} tok/s: "
+                f"{probes['steps']} steps, {probes['steps'] * self.recipe.batch.tokens:,} tokens"
+            )
+        return int(probes["steps"])
+
+    def _measure(self) -> float:
+        """Median seconds of an update, on a model that is thrown away afterwards."""
+        self.console.say("measuring this machine" + (" and compiling the model" if self.machine.compile else ""))
+        batches = Batches(self.prepared, self.recipe, steps=1)
+        batch, times = batches.batch(0), []
+        while len(times) < WARMUP_STEPS + 3 or sum(times[WARMUP_STEPS:]) < PROBE_SECONDS:
+            if self.stop.requested:
+                break
+            start = time.perf_counter()
+            self._update(batch, 1.0)
+            times.append(time.perf_counter() - start)
+        self._build()
+        return statistics.median(times[WARMUP_STEPS:] or times)
+
+    def _step(self, number: int, batch: Batch, steps: int) -> dict[str, Any]:
+        """One update and its row of metrics."""
+        factor = learning_rate_factor(self.recipe.schedule, number, steps)
+        start = time.perf_counter()
+        norms_every = self.recipe.evals.norms_every_steps
+        norms = bool(norms_every) and (number + 1) % norms_every == 0
+        activations = self._activations(batch) if norms else {}
+        loss, z_loss, norm, updates = self._update(batch, factor)
+        seconds = time.perf_counter() - start
+        counters = self.counters
+        counters.step = number + 1
+        counters.tokens += batch.inputs.size
+        counters.flops += batch.inputs.size * self.cost.flops_per_token.total
+        counters.seconds += seconds
+        self.rates.append(batch.inputs.size / seconds)
+        warm = len(self.rates) > WARMUP_STEPS
+        flops_per_second = self.cost.flops_per_token.total * batch.inputs.size / seconds
+        low, high = machine.mfu_range(flops_per_second, self.peaks)[:2] if warm else (None, None)
+        row: dict[str, Any] = {
+            "step": counters.step,
+            "tokens": counters.tokens,
+            "flops": counters.flops,
+            "loss": loss,
+            "z_loss": z_loss,
+            "lr": self.optimizer.peaks["matrix"] * factor,
+            "grad_norm": norm,
+            "update_norm": None if updates is None else math.sqrt(sum(updates.values())),
+            "tokens_per_second": self.rates[-1] if warm else None,
+            "mfu_low": low,
+            "mfu_high": high,
+            "step_seconds": seconds,
+            "memory_bytes": memory_bytes(self.device),
+        }
+        if norms:
+            gradients = {
+                slot.name: float(torch.linalg.vector_norm(slot.gradient, dtype=torch.float32))
+                for slot in self.optimizer.slots
+                if slot.gradient is not None
+            }
+            by_name = {name: math.sqrt(square) for name, square in (updates or {}).items()}
+            row["norms"] = {"gradient": gradients, "update": by_name, "activation": activations}
+        self.optimizer.clear()
+        self._check_finite(row, updates is not None)
+        return row
+
+    def _update(self, batch: Batch, factor: float) -> tuple[float, float, float, dict[str, float] | None]:
+        """Loss, z-loss and gradient norm of a batch, and the updates' squared norms; None when the step was left
+        out.
+        """
+        tensors = self._tensors(batch)
+        rows = self.micro_rows
+        scale = 1.0 / tensors["weights"].sum().clamp(min=1.0)
+        loss = torch.zeros((), device=self.device)
+        z_loss = torch.zeros((), device=self.device)
+        for start in range(0, len(batch.inputs), rows):
+            part = {key: value[start : start + rows] for key, value in tensors.items()}
+            micro_loss, micro_z = self.model.loss(
+                part["inputs"], part["targets"], part["weights"], scale, self.recipe.objective.z_loss,
+                positions_BT=part["positions"], documents_BT=part["documents"],
+            )  # fmt: skip
+            (micro_loss + micro_z).backward()
+            loss += micro_loss.detach()
+            z_loss += micro_z.detach()
+            for slot in self.optimizer.slots:
+                slot.collect()
+        norm = gradient_norm(self.optimizer.slots)
+        values = torch.stack((loss, z_loss, norm)).tolist()
+        if not all(map(math.isfinite, values)):
+            return (*values, None)
+        squares = self.optimizer.step(self.counters.updates + 1, norm, factor)
+        self.counters.updates += 1
+        names, sums = list(squares), torch.stack(list(squares.values())).tolist()
+        return (*values, dict(zip(names, sums, strict=True)))
+
+    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
+        arrays = {
+            "inputs": batch.inputs.astype("int64"),
+            "targets": batch.targets.astype("int64"),
+            "weights": batch.loss_weights,
+            "positions": batch.positions,
+            "documents": batch.documents,
+        }
+        return {key: torch.from_numpy(array).to(self.device, non_blocking=True) for key, array in arrays.items()}
+
+    @torch.no_grad()
+    def _activations(self, batch: Batch) -> dict[str, float]:
+        """Root mean square of each block's output on the first rows of a batch."""
+        part = {key: value[: self.micro_rows] for key, value in self._tensors(batch).items()}
+        return self.model.activation_scales(part["inputs"], part["positions"], part["documents"])
+
+    def _check_finite(self, row: dict[str, Any], applied: bool) -> None:
+        if applied:
+            self.non_finite = 0
+            return
+        self.non_finite += 1
+        self.run.writer("events").append({"kind": "skipped_step", "step": row["step"], "loss": row["loss"]})
+        self.console.say(f"step {row['step']}: loss or gradient is not finite; the update was left out")
+        if self.non_finite >= NON_FINITE_LIMIT:
+            raise RunError(
+                f"{self.run.path}: loss or gradient was not finite for {NON_FINITE_LIMIT} steps up to {row['step']}; "
+                "fork from an earlier checkpoint with a lower optimizer.learning_rate, or skip those batches with data.skip"
+            )
+
+    # What is written down
+
+    def _record(self, row: dict[str, Any], steps: int) -> None:
+        self.run.writer("metrics").append(row)
+        for sink in self.sinks:
+            sink.send(row["step"], row)
+        recent = self.rates[WARMUP_STEPS:][-SMOOTHING:]
+        eta = None
+        if recent:
+            rate = statistics.median(recent)
+            eta = (steps - row["step"]) * self.recipe.batch.tokens / rate
+            row = {**row, "tokens_per_second": rate}
+        self.console.say(step_line(row, steps, eta))
+
+    def _probe_peak(self) -> None:
+        self.peaks += machine.matmul_peak(self.machine.dtype, seconds=0.3, device=self.device.type)
+
+    def _save_due(self, step: int, saved_at: float) -> bool:
+        settings = self.recipe.checkpoint
+        if settings.every_steps:
+            return step % settings.every_steps == 0
+        return settings.every_minutes > 0 and time.monotonic() - saved_at > settings.every_minutes * 60
+
+    def _save(self) -> None:
+        step = self.counters.step
+        if step == 0 or self.run.latest() == step:
+            return
+        start = time.perf_counter()
+        if (joules := self.meter.joules) is not None:
+            self.counters.energy_joules = self.energy_before + joules
+        size = state.save(self.run, self.counters, self.masters, self.optimizer.state())
+        self.run.prune(self.recipe.checkpoint.keep)
+        seconds = time.perf_counter() - start
+        self.run.writer("events").append({"kind": "checkpoint", "step": step, "seconds": seconds, "bytes": size})
+
+    def _evaluate(self, tokens: int) -> None:
+        start = time.perf_counter()
+        step, position = self.counters.step, self.counters.tokens
+        rows = evaluate(self.model, self.held_out, tokens, self.stop, self.micro_rows)
+        if self.stop.requested and len(rows) < len(self.held_out.sources):
+            return
+        for row in rows:
+            self.run.writer("validation").append({"step": step, "tokens": position, **row})
+            bpb = "n/a" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+            self.console.say(f"step {step}  held-out {row['source']}  loss {row['loss']:.4f}  bits per byte {bpb}")
+            for sink in self.sinks:
+                sink.send(step, {f"held_out/{row['source']}/{key}": row[key] for key in ("loss", "bits_per_byte")})
+        self.final = rows
+        write_samples(self.model, self.prepared.tokenizer, self.recipe, self.run, step)
+        self.run.writer("events").append({"kind": "evaluation", "step": step, "seconds": time.perf_counter() - start})
+        self._probe_peak()
+
+    def _status(self, outcome: Any, steps: int, message: str = "") -> None:
+        self.run.set_status(
+            state=outcome, step=self.counters.step, tokens=self.counters.tokens, message=message,
+            total_steps=steps, total_tokens=steps * self.recipe.batch.tokens,
+        )  # fmt: skip
+
+    def _summarise(self, packing_loss: float) -> None:
+        rates = [row["tokens_per_second"] for row in self.run.metrics() if row.get("tokens_per_second")]
+        wall = wall_seconds(self.run)
+        median = statistics.median(rates) if rates else None
+        counters = self.counters
+        parameters = self.cost.parameters
+        self.run.save(
+            "summary",
+            {
+                "parameters": {
+                    "total": parameters.total, "non_embedding": parameters.non_embedding, "active": parameters.active,
+                },
+                "tokens": counters.tokens,
+                "flops": counters.flops,
+                "seconds": wall,
+                "step_seconds": counters.seconds,
+                "tokens_per_second": median,
+                "goodput": counters.tokens / wall / median if median and wall else None,
+                "mfu": mfu_summary(self.run),
+                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "energy_joules": counters.energy_joules,
+                "packing_loss": packing_loss,
+                "final": {row["source"]: row for row in self.final},
+            },
+        )  # fmt: skip
+
+
+def mfu_summary(run: RunDirectory) -> dict[str, float] | None:
+    """Median of the steps' MFU against the highest and the lowest peak probed; None where it could not be trusted."""
+    rows = [row for row in run.metrics() if row.get("mfu_low") is not None and row.get("mfu_high") is not None]
+    if not rows:
+        return None
+    return {key: statistics.median(row[f"mfu_{key}"] for row in rows) for key in ("low", "high")}
+
+
+def wall_seconds(run: RunDirectory) -> float:
+    """Seconds from start to last sign of life, summed over the incarnations; the time between them is not in it."""
+    spans: dict[int, list[float]] = {}
+    for row in (*run.rows("events"), *run.rows("metrics")):
+        with suppress(KeyError, TypeError):
+            moment = parse_time(row["time"])
+            if math.isfinite(moment):
+                spans.setdefault(int(row["incarnation"]), []).append(moment)
+    return sum(max(moments) - min(moments) for moments in spans.values())
