@@ -2,7 +2,7 @@
 
 from calledshot.data.batches import Batches, Origin
 from calledshot.data.heldout import HeldOut, Score, Selection
-from calledshot.data.prepare import model_vocabulary, prepare
+from calledshot.data.prepare import prepare, prepared_folder
 from calledshot.data.prepared import Prepared, SourceShards
 from calledshot.data.tokenizer import Tokenizer
 
@@ -15,6 +15,6 @@ __all__ = [
     "Selection",
     "SourceShards",
     "Tokenizer",
-    "model_vocabulary",
     "prepare",
+    "prepared_folder",
 ]

@@ -71,12 +71,10 @@ class Batches:
             numbers = self._mixture.end // self.rows_per_batch
             self.steps_available = numbers - sum(skip < numbers for skip in self._skips)
             if steps is not None and self.steps_available < steps:
-                tokens = sum(
-                    p.pairs * s.max_epochs for p, s in zip(self.plans, recipe.data.sources, strict=True) if s.weight
-                )
                 raise UsageError(
-                    f"data.sources: max_epochs leaves {tokens:,.0f} tokens, {self.steps_available:,} steps, and the run "
-                    f"asks for {steps:,}: raise max_epochs (0 sets no bound), add text, or shorten `duration`"
+                    f"data.sources: max_epochs leaves {self.steps_available * recipe.batch.tokens:,} tokens "
+                    f"({self.steps_available:,} steps), and the run asks for {steps:,} steps: "
+                    "raise max_epochs (0 sets no bound), add text, or shorten `duration`"
                 )
 
     def _check_size(self, recipe: Recipe) -> None:
@@ -86,7 +84,8 @@ class Batches:
             tokens = sum(plan.pairs for plan in weighted)
             raise UsageError(
                 f"data.sources: {', '.join(self._names)}: {tokens:,} training tokens fill {rows} sequences of "
-                f"{self.context}, less than one batch of {self.rows_per_batch}: lower batch.tokens or model.context, or add text"
+                f"{self.context}, less than one batch of {self.rows_per_batch}: lower batch.tokens or model.context, "
+                "or add text"
             )
 
     def _lay_out(self, recipe: Recipe, steps: int | None) -> Mixture:

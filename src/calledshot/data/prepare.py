@@ -21,7 +21,6 @@ from calledshot.data.tokenizer import Tokenizer, check_size
 from calledshot.data.work import SPLITS, Result, Task, finished
 from calledshot.data.workers import work_off
 from calledshot.recipe import Recipe, RunError, UsageError
-from calledshot.recipe.schema import Model
 from calledshot.rundir import write_json
 
 SAMPLE = 64 << 20
@@ -51,38 +50,44 @@ def prepare(recipe: Recipe, lab: Path | str, progress: Progress | None = None) -
     Raises UsageError for sources that cannot be used as they are, RunError for corrupt shards and a full disk.
     """
     progress = progress or _silent
-    lab = Path(lab)
     progress("sources", 0, 1)
-    corpora = resolve(recipe.data, lab)
-    given = _given_tokenizer(recipe, lab)
-    key = _key(recipe, corpora, given)
-    folder = lab / "data" / f"{_folder_name(corpora)}-{key[:12]}"
+    corpora, given, key, folder = _ask(recipe, Path(lab))
+    progress("sources", 1, 1)
     if not _complete(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
-        with locked(folder):
+        with locked(folder) as lock:
             if not _complete(folder):
-                _build(recipe, corpora, given, key, folder, progress)
+                _build(recipe, corpora, given, key, folder, lock, progress)
     prepared = Prepared.open(folder)
     check_size(prepared.tokenizer, recipe.model.vocabulary)
     return prepared
 
 
-def model_vocabulary(model: Model, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding: as written, or the tokenizer's size rounded up to a multiple of 64 where the recipe says
-    0."""
-    check_size(tokenizer, model.vocabulary)
-    return model.vocabulary or -(-tokenizer.size // 64) * 64
+def prepared_folder(recipe: Recipe, lab: Path | str) -> Path:
+    """Where a recipe's prepared data are, or would be: looks at the sources, and makes nothing."""
+    return _ask(recipe, Path(lab))[-1]
+
+
+def _ask(recipe: Recipe, lab: Path) -> tuple[list[Corpus], Path | None, str, Path]:
+    """What a recipe names: its corpora, a tokenizer.json if it is given one, the key of both, and the folder."""
+    corpora = resolve(recipe.data, lab)
+    given = _given_tokenizer(recipe, lab)
+    key = _key(recipe, corpora, given)
+    return corpora, given, key, lab / "data" / f"{_folder_name(corpora)}-{key[:12]}"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; waits while another process has it, and a killed one lets go of it."""
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the folder's lock, and give its descriptor; waits while another process has it.
+
+    A killed process lets go of it, once those that inherited the descriptor have ended too.
+    """
     with open(folder / "lock", "w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        yield stream.fileno()
 
 
 def _complete(folder: Path) -> bool:
@@ -143,7 +148,7 @@ def _slug(name: str) -> str:
 
 
 def _build(
-    recipe: Recipe, corpora: Sequence[Corpus], given: Path | None, key: str, folder: Path, progress: Progress
+    recipe: Recipe, corpora: Sequence[Corpus], given: Path | None, key: str, folder: Path, lock: int, progress: Progress
 ) -> None:
     thresholds = [threshold(corpus, recipe.data.held_out) for corpus in corpora]
     tokenizer = _tokenizer(recipe, corpora, thresholds, given, folder, progress)
@@ -156,7 +161,7 @@ def _build(
         for number, chunk in enumerate(corpus.chunks())
     ]  # fmt: skip
     results = {task.marker: finished(task) for task in tasks}
-    work_off([task for task in tasks if results[task.marker] is None], tokenizer, tasks, progress)
+    work_off([task for task in tasks if results[task.marker] is None], tokenizer, tasks, lock, progress)
     records = []
     for place, corpus in enumerate(corpora):
         mine = [task for task in tasks if task.stem == _stem(place, corpus)]

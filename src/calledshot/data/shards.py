@@ -21,6 +21,9 @@ from calledshot.recipe import RunError
 LARGEST_SHARD = 256 << 20
 """Bytes of ids after which a new shard begins."""
 
+SYNCED = 16 << 20
+"""Bytes from which a file is made durable before its record is written."""
+
 SUFFIXES = (".bin", ".index", ".names")
 INDEX = np.dtype([("ids", "<i8"), ("bytes", "<i8"), ("language", "<i8"), ("name_end", "<i8")])
 
@@ -163,7 +166,9 @@ class _Hashed:
 
     def close(self) -> None:
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        # A power cut shows in a small file's size or hash; to wait for the disk each time would cost seconds.
+        if self.size >= SYNCED:
+            os.fsync(self._stream.fileno())
         self._stream.close()
 
 

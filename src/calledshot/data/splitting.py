@@ -19,17 +19,18 @@ def document_hash(name: str) -> int:
 def threshold(corpus: Corpus, share: float) -> int:
     """Documents whose hash is below this are held out.
 
-    That is `share` of them in the long run. A source of two documents or more always has one held out: where chance
-    would leave none, the one with the smallest hash. Reading stops at the first document that is held out, so that
-    only small sources are read whole.
+    That is `share` of them in the long run. A source of two documents or more always has one held out and one to train
+    on: where chance would leave none, the one with the smallest or the largest hash. A single document is trained on.
+    Reading stops once both kinds were seen, so that only small sources are read whole.
     """
     limit = int(share * 2**64)
-    smallest, count = 2**64, 0
+    hashes: list[int] = []
     skipped: Counter[str] = Counter()
     for chunk in corpus.chunks():
         for document in read(chunk, corpus.source, skipped):
-            hashed = document_hash(document.id)
-            if hashed < limit:
+            hashes.append(document_hash(document.id))
+            if min(hashes[0], hashes[-1]) < limit <= max(hashes[0], hashes[-1]):
                 return limit
-            smallest, count = min(smallest, hashed), count + 1
-    return smallest + 1 if count > 1 and share > 0 else 0
+    if len(hashes) < 2:
+        return 0
+    return min(hashes) + 1 if min(hashes) >= limit else max(hashes)

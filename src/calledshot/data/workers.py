@@ -22,9 +22,16 @@ ALONE = 4 << 20
 
 
 def work_off(
-    tasks: Sequence[Task], tokenizer: Tokenizer, everything: Sequence[Task], progress: Callable[[str, int, int], None]
+    tasks: Sequence[Task],
+    tokenizer: Tokenizer,
+    everything: Sequence[Task],
+    lock: int,
+    progress: Callable[[str, int, int], None],
 ) -> None:
-    """Tokenise chunks on every core that this process may use; `everything` counts what earlier attempts have done."""
+    """Tokenise chunks on every core that this process may use; `everything` counts what earlier attempts have done.
+
+    The processes inherit `lock`, so that nobody else begins while one outlives a killed parent to the end of its chunk.
+    """
     total = sum(task.chunk.size for task in everything)
     done = total - sum(task.chunk.size for task in tasks)
     guard = threading.Lock()
@@ -47,7 +54,7 @@ def work_off(
     queue: SimpleQueue[Task] = SimpleQueue()
     for task in tasks:
         queue.put(task)
-    processes = [_start() for _ in range(workers)]
+    processes = [_start(lock) for _ in range(workers)]
     try:
         with ThreadPoolExecutor(workers) as pool:
             try:
@@ -69,7 +76,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(lock: int) -> subprocess.Popen[str]:
     one_thread = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         # -P: a file in the current folder must not stand in for a module.
@@ -77,6 +84,7 @@ def _start() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        pass_fds=(lock,),
         env={**os.environ, **one_thread},
         # Ctrl-C is for the parent to act on.
         start_new_session=True,
