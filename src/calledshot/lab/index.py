@@ -47,9 +47,10 @@ def entry(run: RunDirectory) -> Entry:
     """One run's line in the table."""
     view = open_view(run, curves=False)
     latest: dict[str, Any] = {}
-    for row in run.metrics():
+    for row in view.attempt("metrics.jsonl", run.metrics, []):
         latest |= {key: value for key, value in row.items() if value is not None}
-    bits = {str(row.get("source")): row.get("bits_per_byte") for row in run.standing_rows("validation")}
+    measured = view.attempt("validation.jsonl", lambda: run.standing_rows("validation"), [])
+    bits = {str(row.get("source")): row.get("bits_per_byte") for row in measured}
     bits |= {source: view.final(source)[0].get("bits_per_byte") for source in view.sources}
 
     def whole(*values: object) -> int | None:

@@ -30,6 +30,7 @@ CHARTS = (
     ("bits_per_byte", "Held-out bits per byte", "lower is better"),
     ("lr", "Learning rate", "of the schedule"),
     ("grad_norm", "Gradient norm", "before clipping"),
+    ("update_norm", "Update norm", "of one step"),
     ("tokens_per_second", "Tokens a second", "while training"),
     ("mfu", "MFU", "% of the highest to the lowest peak probed"),
 )
@@ -55,7 +56,8 @@ def write_report(
     for place, view in enumerate(views):
         if view.name in (other.name for other in views[:place]):
             view.name = f"{view.name} ({place + 1})"
-    atomic_write(output, render(views, price=price))
+    # Samples may hold halves of surrogate pairs, which UTF-8 has no bytes for.
+    atomic_write(output, render(views, price=price).encode("utf-8", "replace"))
     return [f"{view.name}: {warning}" for view in views for warning in view.warnings]
 
 

@@ -64,6 +64,20 @@ class View:
     supervisor: list[dict[str, Any]] = field(default_factory=list)
     skips: list[dict[str, Any]] = field(default_factory=list)
 
+    def attempt(self, file: str, read: Callable[[], Any], default: Any) -> Any:
+        """What `read` gives, which must be of the type of `default`; else `default`, and a warning about `file`."""
+        try:
+            value = read()
+        except (ShotError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = text.removeprefix(f"{self.directory.path}/{file}: ").replace(f"{self.directory.path}/", "")
+            self.warnings.append(f"{file} cannot be read: {reason}.")
+            return default
+        if not isinstance(value, type(default)):
+            self.warnings.append(f"{file} is not what this version of calledshot expects there, and is left out.")
+            return default
+        return value
+
     @property
     def tags(self) -> list[str]:
         """The user's tags."""
@@ -131,38 +145,26 @@ def open_view(run: RunDirectory | Path | str, *, curves: bool = True) -> View:
     directory = run if isinstance(run, RunDirectory) else RunDirectory.open(run)
     view = View(name=directory.name, directory=directory)
 
-    def attempt(file: str, read: Callable[[], Any], default: Any) -> Any:
-        try:
-            value = read()
-        except (ShotError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error).removeprefix(f"{directory.path}/{file}: ")
-            view.warnings.append(f"{file} cannot be read: {reason}.")
-            return default
-        if not isinstance(value, type(default)):
-            view.warnings.append(f"{file} is not what this version of calledshot expects there, and is left out.")
-            return default
-        return value
-
-    view.status = attempt("status.json", directory.status, {})
-    view.state = attempt("status.json", directory.state, "unknown") if view.status else "unknown"
-    view.labels = attempt("labels.json", directory.labels, {})
-    view.summary = attempt("summary.json", lambda: directory.load("summary"), {})
-    view.recipe_text = attempt("recipe.toml", directory.recipe_toml, "")
-    view.evaluations = attempt("evals/", lambda: _evaluations(directory, view.warnings), {})
+    view.status = view.attempt("status.json", directory.status, {})
+    view.state = view.attempt("status.json", directory.state, "unknown") if view.status else "unknown"
+    view.labels = view.attempt("labels.json", directory.labels, {})
+    view.summary = view.attempt("summary.json", lambda: directory.load("summary"), {})
+    view.recipe_text = view.attempt("recipe.toml", directory.recipe_toml, "")
+    view.evaluations = view.attempt("evals/", lambda: _evaluations(directory, view.warnings), {})
     _read_recipe(view)
     if not curves:
         return view
-    view.lineage = attempt("lineage.json", lambda: directory.load("lineage"), {})
-    view.probes = attempt("probes.json", lambda: directory.load("probes"), {})
-    view.data = attempt("data.json", lambda: directory.load("data"), {})
-    view.environments = attempt("incarnations/", lambda: _environments(directory), [])
-    view.events = attempt("events.jsonl", lambda: directory.rows("events"), [])
-    view.supervisor = attempt("supervisor.jsonl", lambda: directory.rows("supervisor"), [])
-    view.skips = attempt("skips.jsonl", lambda: directory.rows("skips"), [])
-    validation = attempt("validation.jsonl", lambda: directory.rows("validation"), [])
-    samples = attempt("samples.jsonl", lambda: directory.rows("samples"), [])
+    view.lineage = view.attempt("lineage.json", lambda: directory.load("lineage"), {})
+    view.probes = view.attempt("probes.json", lambda: directory.load("probes"), {})
+    view.data = view.attempt("data.json", lambda: directory.load("data"), {})
+    view.environments = view.attempt("incarnations/", lambda: _environments(directory), [])
+    view.events = view.attempt("events.jsonl", lambda: directory.rows("events"), [])
+    view.supervisor = view.attempt("supervisor.jsonl", lambda: directory.rows("supervisor"), [])
+    view.skips = view.attempt("skips.jsonl", lambda: directory.rows("skips"), [])
+    validation = view.attempt("validation.jsonl", lambda: directory.rows("validation"), [])
+    samples = view.attempt("samples.jsonl", lambda: directory.rows("samples"), [])
 
-    metrics = attempt("metrics.jsonl", lambda: directory.rows("metrics"), [])
+    metrics = view.attempt("metrics.jsonl", lambda: directory.rows("metrics"), [])
     for row in metrics:
         view.history.see(row, metric=True)
     for row in (*view.events, *validation, *samples):
@@ -198,6 +200,7 @@ def _environments(directory: RunDirectory) -> list[dict[str, Any]]:
 
 def _read_recipe(view: View) -> None:
     if not view.recipe_text:
+        view.warnings.append("There is no recipe in recipe.toml: the run is damaged, or another trainer's.")
         return
     try:
         view.recipe_table = tomllib.loads(view.recipe_text)

@@ -91,6 +91,7 @@
     bits_per_byte: { series: [heldOut("bits_per_byte", "held-out")], format: loss, references: data.references },
     lr: { series: [metric("lr")], format: plain },
     grad_norm: { series: [metric("grad_norm", { smooth: true })], format: plain },
+    update_norm: { series: [metric("update_norm", { smooth: true })], format: plain },
     tokens_per_second: { series: [metric("tokens_per_second", { smooth: true })], format: counted, zero: true },
     mfu: { series: [utilization], format: percent, zero: true },
   };
@@ -231,9 +232,7 @@
       picture.append(svg("text", { x: width - right, y: height - 4, "text-anchor": "end" }, xName));
 
       for (const reference of references) {
-        const name = new Set(data.references.map((r) => r.source)).size > 1 ? `${reference.name}, ${reference.source}` : reference.name;
         picture.append(svg("line", { class: "reference", x1: left, x2: width - right, y1: py(reference.value), y2: py(reference.value) }));
-        picture.append(svg("text", { x: width - right, y: py(reference.value) - 5, "text-anchor": "end" }, `${name} ${loss(reference.value)}`));
       }
       this.marks = [];
       data.runs.forEach((run, r) => {
@@ -271,6 +270,13 @@
           for (const [cx, cy] of points) group.append(svg("circle", { class: "point", cx: cx.toFixed(1), cy: cy.toFixed(1), r: 2.8 }));
         }
         picture.append(group);
+      }
+      const lowest = extent(series.flatMap((s) => s.y).filter((v) => v !== null))[0];
+      for (const reference of references) {
+        const below = reference.value < lowest; // there the left is empty, above it the right
+        const name = new Set(data.references.map((r) => r.source)).size > 1 ? `${reference.name}, ${reference.source}` : reference.name;
+        const place = { x: below ? left + 2 : width - right, y: py(reference.value) - 5, "text-anchor": below ? "start" : "end" };
+        picture.append(svg("text", { class: "halo", ...place }, `${name} ${loss(reference.value)}`));
       }
       this.cursor = svg("line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" });
       picture.append(this.cursor);

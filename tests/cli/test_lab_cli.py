@@ -1,0 +1,117 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from calledshot.cli import main
+
+sys.path.append(str(Path(__file__).parents[1] / "lab"))
+from synthetic import write_run
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "demo", steps=50, restart=None)
+    write_run(tmp_path / "runs" / "wide", steps=60, restart=(30, 40), layers=8, state="running")
+    (tmp_path / "runs" / "not a run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_runs_shows_true_states(lab, capsys):
+    assert main(["runs", "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert set(found) == {"demo", "wide"}
+    # Nothing holds its lock and its heartbeat is old: it says running, but nobody is.
+    assert found["wide"]["state"] == "interrupted"
+    assert found["demo"]["state"] == "done"
+    assert found["wide"]["step"] == found["wide"]["total_steps"] == 60
+    summary = json.loads((lab / "runs/demo/summary.json").read_text())
+    assert found["demo"]["held_out"]["python"] == summary["final"]["python"]["bits_per_byte"]
+    assert main(["runs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "name",
+        "state",
+        "step",
+        "tokens",
+        "loss",
+        "held-out",
+        "bits/byte",
+        "tok/s",
+        "age",
+        "tags",
+    ]
+    assert lines[2].split()[:4] == ["demo", "done", "50/50", "410k"]
+
+
+def test_runs_of_an_empty_lab(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["runs"]) == 0
+    assert "no runs" in capsys.readouterr().err
+
+
+def test_runs_goes_on_over_damage(lab, capsys):
+    (lab / "runs/demo/status.json").write_text("{")
+    (lab / "runs/wide/summary.json").write_text("[")
+    (lab / "runs/wide/metrics.jsonl").write_bytes(b'\xff\xfe{"step')
+    (lab / "runs/wide/validation.jsonl").unlink()
+    (lab / "runs/wide/validation.jsonl").mkdir()
+    assert main(["runs"]) == 0
+    shown = capsys.readouterr()
+    assert "unknown" in shown.out
+    assert "demo: status.json cannot be read" in shown.err
+
+
+def test_notes_tags_and_the_archive(lab, capsys):
+    assert main(["note", "demo", "first light", "--tag", "good", "--tag", "old"]) == 0
+    assert main(["note", "demo", "--untag", "old", "--archive"]) == 0
+    labels = json.loads((lab / "runs/demo/labels.json").read_text())
+    assert [note["text"] for note in labels["notes"]] == ["first light"]
+    assert (labels["tags"], labels["archived"]) == (["good"], True)
+    main(["runs"])
+    assert "demo" not in capsys.readouterr().out
+    main(["runs", "--all"])
+    assert "good, (archived)" in capsys.readouterr().out
+    assert main(["note", "demo", "--no-archive"]) == 0
+    main(["runs"])
+    assert "demo" in capsys.readouterr().out
+    assert main(["note", "demo"]) == 2
+    assert main(["note", "demo", "--tag", ""]) == 2
+    assert main(["note", "dem", "x"]) == 2
+    assert "did you mean 'demo'?" in capsys.readouterr().err
+
+
+def test_diff(lab, capsys):
+    assert main(["diff", "demo", "wide", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"key": "model.layers", "values": [6, 8]} in found["recipe"]
+    assert "name" not in {row["key"] for row in found["recipe"]}
+    environment = lab / "runs/wide/incarnations/0002/environment.json"
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | {"commit": "deadbeef"}))
+    assert main(["diff", "demo", "wide"]) == 0
+    shown = capsys.readouterr()
+    assert [line.split() for line in shown.out.splitlines() if line.startswith("commit")] == [
+        ["commit", "6d5daa8", "deadbeef"]
+    ]
+    assert "did not spend the same FLOPs" in shown.err
+    assert main(["diff", "demo", "nothing"]) == 2
+
+
+def test_report(lab, capsys):
+    assert main(["report", "demo", "runs/wide", "-o", "out.html", "--price", "2.5"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "out.html\n"
+    assert "wide: The run is interrupted" in shown.err
+    assert "<title>demo and wide · report</title>" in (lab / "out.html").read_text()
+    for wrong in (
+        ["report"],
+        ["report", "nothing"],
+        ["report", "demo", "--price", "nan"],
+        ["report", "demo", "-o", "runs"],
+    ):
+        assert main(wrong) == 2, wrong
+    assert main(["report", "demo", "-o", "absent/out.html"]) == 1
