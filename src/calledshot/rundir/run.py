@@ -53,8 +53,17 @@ class RunDirectory(Checkpoints):
         return f"RunDirectory({str(self.path)!r})"
 
     @classmethod
-    def create(cls, path: Path | str, *, recipe_toml: str, identity: str) -> Self:
-        """Makes a new run, whole or not at all: `recipe.toml` and `run.json` (format, identity, when it was created).
+    def create(
+        cls,
+        path: Path | str,
+        *,
+        recipe_toml: str,
+        identity: str,
+        lineage: Mapping[str, Any] | None = None,
+        files: Sequence[Path] = (),
+    ) -> Self:
+        """Makes a new run, whole or not at all: `recipe.toml`, `run.json` (format, identity, when it was created), a
+        fork's `lineage.json`, and copies of `files`, the user's own code.
 
         UsageError when `path` exists and is not an empty folder. `identity` is what `recipe.identity` gives.
         """
@@ -65,6 +74,10 @@ class RunDirectory(Checkpoints):
             draft.mkdir(parents=True)
             atomic_write(draft / "recipe.toml", recipe_toml)
             write_json(draft / "run.json", {"format": _FORMAT, "identity": identity, "created": utc_now()})
+            if lineage is not None:
+                write_json(draft / "lineage.json", lineage)
+            for file in files:
+                shutil.copy2(file, draft)
             try:
                 draft.rename(path)
             except OSError as error:

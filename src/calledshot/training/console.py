@@ -39,7 +39,8 @@ def step_line(row: Mapping[str, Any], steps: int, eta_seconds: float | None) -> 
     eta = "" if eta_seconds is None else f"  eta {duration(eta_seconds)}"
     return (
         f"step {row['step']:>{width}}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"grad {row['grad_norm']:.3f}  {speed}{mfu}  {row['memory_bytes'] / 2**30:.2f} GiB  data {100 * row['step'] / steps:.0f}%{eta}"
+        f"grad {row['grad_norm']:.3f}  {speed}{mfu}  {row['memory_bytes'] / 2**30:.2f} GiB  "
+        f"data {100 * row['step'] / steps:.0f}%{eta}"
     )
 
 

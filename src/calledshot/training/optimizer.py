@@ -230,7 +230,13 @@ class Borrowed(Part):
     def __init__(self, slots: Sequence[Slot], recipe: Recipe, factory: Callable[..., torch.optim.Optimizer]) -> None:
         super().__init__(slots)
         groups = [{"params": [slot.master], "group": slot.group} for slot in self.slots]
-        self.inner = factory(groups, lr=recipe.optimizer.learning_rate)
+        try:
+            self.inner = factory(groups, lr=recipe.optimizer.learning_rate)
+        except Exception as error:  # whatever the user's code raises
+            raise UsageError(
+                f"optimizer.name = {recipe.optimizer.name!r}: {type(error).__name__}: {error}; "
+                "it is called with groups of parameters and lr"
+            ) from error
 
     def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
         before = [slot.master.clone() for slot in self.slots]
@@ -318,7 +324,10 @@ def user_class(name: str, key: str, folder: Path | None = None) -> Any:
     spec = importlib.util.spec_from_file_location(f"calledshot_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        raise UsageError(f"{key} = {name!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         raise UsageError(f"{key} = {name!r}: {path} holds no {attribute}")
     return getattr(module, attribute)

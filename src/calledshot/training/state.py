@@ -35,6 +35,8 @@ class Counters:
     seconds: float = 0.0
     """Wall-clock of training, all incarnations together, counting only what the checkpoint holds."""
     energy_joules: float | None = None
+    non_finite: int = 0
+    """Steps in a row, up to this one, whose update was left out."""
 
 
 def save(run: RunDirectory, counters: Counters, masters: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> int:

@@ -8,6 +8,10 @@ import sys
 from types import FrameType
 
 
+class Stopped(Exception):
+    """A stop was asked for, in work that keeps nothing or has kept what it did."""
+
+
 class Stop:
     """Catches SIGINT and SIGTERM while entered. Long work asks `requested` between its pieces."""
 
@@ -18,6 +22,11 @@ class Stop:
     @property
     def requested(self) -> bool:
         return self.signal is not None
+
+    def check(self) -> None:
+        """Raises Stopped once a stop is asked for."""
+        if self.requested:
+            raise Stopped
 
     @property
     def exit_code(self) -> int:

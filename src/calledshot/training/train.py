@@ -6,19 +6,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from calledshot import machine
 from calledshot.data import Prepared, prepare
 from calledshot.data.prepare import Progress
-from calledshot.recipe import Recipe, RunError, UsageError, check, difference, identity, to_toml
-from calledshot.rundir import RunDirectory, is_run, resolve_checkpoint
+from calledshot.recipe import Recipe, RunError, ShotError, UsageError, check, difference, identity, to_toml
+from calledshot.rundir import RunDirectory, atomic_write, is_run, resolve_checkpoint
 from calledshot.training.console import Console
 from calledshot.training.load import run_recipe, sized
-from calledshot.training.optimizer import KNOWN
+from calledshot.training.optimizer import KNOWN, user_class
 from calledshot.training.sinks import Sink
-from calledshot.training.stop import Stop
+from calledshot.training.stop import Stop, Stopped
 from calledshot.training.trainer import Trainer
 
 
@@ -35,41 +36,47 @@ def train(
     """Train a recipe in `lab/runs/NAME`, or go on with that run when it is of the same recipe; the exit code.
 
     `origin` is `RUN@STEP`: the new run begins with that checkpoint's weights, optimizer (unless `fresh_optimizer`, or
-    another one) and counters; its duration and schedule count from the beginning of the run it comes from. UsageError
-    when the name is taken by a run of another recipe.
+    another one) and counters; its duration and schedule count from the beginning of the run it comes from, minutes
+    from the fork. UsageError when the name is taken by a run of another recipe.
     """
     check(recipe)
     name = name or recipe.name
     if not name or "/" in name or name.startswith("."):
         raise UsageError(f"name = {name!r}: say what the run is to be called with --name NAME")
     path = lab / "runs" / name
-    parent: tuple[RunDirectory, int] | None = None
-    if origin:
-        directory, step = resolve_checkpoint(origin, lab)
-        found = directory.latest() if step is None else step
-        if found is None:
-            raise UsageError(f"--from {origin}: {directory.path} has no checkpoint yet")
-        parent = (directory, found)
-        if recipe.data.tokenizer == "bpe":
-            # Another tokenizer would give every row of the embedding another meaning.
-            tokenizer = directory.path.resolve() / "tokenizer.json"
-            recipe = replace(recipe, data=replace(recipe.data, tokenizer=str(tokenizer)))
     if is_run(path):
         existing = RunDirectory.open(path)
-        refuse_difference(existing, recipe)
+        recipe = same_recipe(existing, recipe, origin, fresh_optimizer)
         return go_on(existing, recipe, lab, sinks=sinks, progress=progress)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path}: exists and is not a run: move it away, or choose another --name")
+    own = recipe.optimizer.name not in KNOWN
+    if own:
+        user_class(recipe.optimizer.name, "optimizer.name")
+    parent = None
+    if origin:
+        parent = _parent(origin, lab)
+        recipe = _with_tokenizer_of(parent[0], recipe, lab)
+        fresh_optimizer = fresh_optimizer or run_recipe(parent[0]).optimizer.name != recipe.optimizer.name
     with Stop() as stop:
-        prepared = prepare(recipe, lab, progress)
-        if stop.requested:
+        prepared = _prepare(recipe, lab, stop, progress)
+        if prepared is None:
             return stop.exit_code
-        run = RunDirectory.create(path, recipe_toml=to_toml(recipe), identity=identity(recipe))
-        if recipe.optimizer.name not in KNOWN:
-            shutil.copy2(recipe.optimizer.name.partition(":")[0], path)
-        if parent:
-            run.save("lineage", {"parent": parent[0].name, "step": parent[1], "fresh_optimizer": fresh_optimizer})
-        return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh_optimizer, sinks=sinks)
+        run = RunDirectory.create(
+            path,
+            recipe_toml=to_toml(recipe),
+            identity=identity(recipe),
+            lineage={"parent": _reference(parent[0], lab), "step": parent[1], "fresh_optimizer": fresh_optimizer}
+            if parent
+            else None,
+            files=[Path(recipe.optimizer.name.partition(":")[0])] if own else [],
+        )
+        try:
+            return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh_optimizer, sinks=sinks)
+        except UsageError:
+            if not run.rows("metrics"):  # nothing was trained: another attempt may have the name
+                shutil.rmtree(path)
+            raise
 
 
 def go_on(
@@ -80,16 +87,53 @@ def go_on(
         print(f"shot: {run.path} is done; `shot report {run.name}` shows it", file=sys.stderr)
         return 0
     with Stop() as stop:
-        prepared = prepare(recipe, lab, progress)
-        if stop.requested:
+        prepared = _prepare(recipe, lab, stop, progress)
+        if prepared is None:
             return stop.exit_code
         lineage = run.load("lineage")
-        parent = None
-        if lineage and run.latest() is None:
-            directory, step = resolve_checkpoint(f"{lineage['parent']}@{lineage['step']}", lab)
-            parent = (directory, int(lineage["step"] if step is None else step))
+        # A fork that was killed before its own first checkpoint begins with its parent's once more.
+        parent = _parent(f"{lineage['parent']}@{lineage['step']}", lab) if lineage and run.latest() is None else None
         fresh = bool(lineage.get("fresh_optimizer"))
         return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh, sinks=sinks)
+
+
+def _prepare(recipe: Recipe, lab: Path, stop: Stop, progress: Progress | None) -> Prepared | None:
+    """The prepared data; None when a stop was asked for meanwhile. What is prepared by then is kept."""
+
+    def heeding(stage: str, done: int, total: int) -> None:
+        stop.check()
+        if progress:
+            progress(stage, done, total)
+
+    try:
+        prepared = prepare(recipe, lab, heeding)
+        stop.check()
+    except Stopped:
+        return None
+    return prepared
+
+
+def _parent(origin: str, lab: Path) -> tuple[RunDirectory, int]:
+    """The checkpoint that `RUN@STEP`, or `RUN` for its latest, names."""
+    directory, step = resolve_checkpoint(origin, lab)
+    found = directory.latest() if step is None else step
+    if found is None:
+        raise UsageError(f"--from {origin}: {directory.path} has no checkpoint yet")
+    return directory, found
+
+
+def _reference(run: RunDirectory, lab: Path) -> str:
+    """How a run is called from within the lab, so that the lab can be moved."""
+    path = run.path.resolve()
+    return path.name if path.parent == (lab / "runs").resolve() else str(path)
+
+
+def _with_tokenizer_of(parent: RunDirectory, recipe: Recipe, lab: Path) -> Recipe:
+    """A fork trains no tokenizer: another one would give every row of the embedding another meaning."""
+    if recipe.data.tokenizer != "bpe":
+        return recipe
+    folder = Path("runs", _reference(parent, lab))  # a path that is absolute stays so
+    return replace(recipe, data=replace(recipe.data, tokenizer=str(folder / "tokenizer.json")))
 
 
 def resume(run: RunDirectory, *, sinks: Sequence[str] = (), progress: Progress | None = None) -> int:
@@ -97,16 +141,26 @@ def resume(run: RunDirectory, *, sinks: Sequence[str] = (), progress: Progress |
     return go_on(run, run_recipe(run), run.path.absolute().parent.parent, sinks=sinks, progress=progress)
 
 
-def refuse_difference(run: RunDirectory, recipe: Recipe) -> None:
-    """UsageError, with what differs, when a run is of another recipe."""
-    if run.identity == identity(recipe):
-        return
-    known = run_recipe(run)
-    differences = [f"{key} {theirs!r} -> {ours!r}" for key, theirs, ours in difference(known, recipe) if key != "name"]
-    raise UsageError(
-        f"{run.path}: is a run of another recipe ({'; '.join(differences) or 'written by another version'}); "
-        f"choose another --name, or `shot train ... --from {run.name}@STEP --name NEW` to fork it"
-    )
+def same_recipe(run: RunDirectory, recipe: Recipe, origin: str = "", fresh_optimizer: bool = False) -> Recipe:
+    """The recipe to go on with; UsageError, with what differs, when the run is of another recipe or fork."""
+    known, lineage = run_recipe(run), run.load("lineage")
+    if lineage and recipe.data.tokenizer == "bpe":
+        recipe = replace(recipe, data=replace(recipe.data, tokenizer=known.data.tokenizer))
+    differences = [
+        f"{key} {theirs!r} -> {ours!r}" for key, theirs, ours in difference(known, recipe, identity_only=True)
+    ]
+    parent, _, step = origin.rpartition("@") if origin.rpartition("@")[2].isdecimal() else (origin, "", "")
+    began = f"{lineage['parent']}@{lineage['step']}" if lineage else "nothing"
+    if Path(parent).name != Path(lineage.get("parent", "")).name or step not in ("", str(lineage.get("step"))):
+        differences.append(f"--from {began} -> {origin or 'nothing'}")
+    elif fresh_optimizer and not lineage.get("fresh_optimizer"):
+        differences.append("--fresh-optimizer was not given")
+    if differences:
+        raise UsageError(
+            f"{run.path}: is a run of another recipe ({'; '.join(differences)}); "
+            f"choose another --name, or `shot train ... --from {run.name}@STEP --name NEW` to fork it"
+        )
+    return recipe
 
 
 def _incarnate(
@@ -121,31 +175,38 @@ def _incarnate(
 ) -> int:
     with run.lock():
         tokenizer = run.path / "tokenizer.json"
+        content = (prepared.path / "tokenizer.json").read_bytes()
         if not tokenizer.exists():
-            shutil.copy2(prepared.path / "tokenizer.json", tokenizer)
-        elif tokenizer.read_bytes() != (prepared.path / "tokenizer.json").read_bytes():
+            atomic_write(tokenizer, content)
+        elif tokenizer.read_bytes() != content:
             raise RunError(
                 f"{tokenizer}: is not the tokenizer that the data are prepared with now ({prepared.path}); "
                 "the sources have changed, so fork the run instead (`shot train ... --from`)"
             )
-        run.save("data", prepared.record())
-        recipe = sized(recipe, prepared.tokenizer)
+        asked, recipe = recipe, sized(recipe, prepared.tokenizer)
         dashboards = [Sink(kind, recipe, run.name, run.path) for kind in sinks]
         run.begin_incarnation(machine.describe(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff())
         console = Console(run.incarnation_path() / "logs" / "rank0.log")
         events = run.writer("events")
         events.append({"kind": "start"})
         try:
+            run.save("data", prepared.record())
+            if changed := difference(run_recipe(run), asked):
+                atomic_write(run.path / "recipe.toml", to_toml(asked))
+                what = "; ".join(f"{key} {before!r} -> {now!r}" for key, before, now in changed)
+                events.append({"kind": "recipe_changed", "changed": what})
             trainer = Trainer(recipe, run, prepared, console, stop, dashboards)
             if not trainer.restore(run) and parent:
                 trainer.restore(*parent, with_optimizer=not fresh_optimizer)
+                trainer.save()  # from here on, the fork does not need its parent
             console.say(trainer.banner())
             outcome = trainer.train()
             events.append({"kind": "stop", "state": outcome, "step": trainer.counters.step})
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            events.append({"kind": "stop", "state": state, "message": str(error)})
-            run.set_status(state=state, message=str(error))
+            with suppress(ShotError):  # a full disk must not hide what happened
+                events.append({"kind": "stop", "state": state, "message": str(error)})
+                run.set_status(state=state, message=str(error))
             raise
         finally:
             for dashboard in dashboards:

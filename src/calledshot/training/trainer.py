@@ -25,7 +25,7 @@ from calledshot.training.gauges import EnergyMeter, memory_bytes, peak_memory_by
 from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
 from calledshot.training.schedule import learning_rate_factor
 from calledshot.training.sinks import Sink
-from calledshot.training.stop import Stop
+from calledshot.training.stop import Stop, Stopped
 
 NON_FINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which the run has failed."""
@@ -33,6 +33,8 @@ WARMUP_STEPS = 3
 """First steps of an incarnation that no rate is taken from."""
 HEARTBEAT_SECONDS = 5.0
 PROBE_SECONDS = 6.0
+PEAK_SECONDS = 60.0
+"""Between two probes of the matmul peak, each of which takes about a second."""
 SMOOTHING = 20
 """Steps whose median is the rate that the console shows."""
 
@@ -58,8 +60,10 @@ class Trainer:
         self.micro_rows = self.machine.micro_tokens // recipe.model.context
         self.cost = cost(recipe)
         self.counters = state.Counters()
-        self.non_finite = 0
+        self.saved: int | None = None
+        """Step of this run's checkpoint that was last written or taken."""
         self.peaks: list[float] = []
+        self.peak_probed = -math.inf
         self.rates: list[float] = []
         self.meter, self.energy_before = EnergyMeter(self.device), 0.0
         self.held_out = HeldOut(prepared, recipe)
@@ -97,6 +101,7 @@ class Trainer:
                 slot.working.copy_(slot.master)
         self.counters = state.read_counters(found.path)
         self.energy_before = self.counters.energy_joules or 0.0
+        self.saved = found.step if run is self.run else None
         if with_optimizer:
             self.optimizer.load_state(state.read_tensors(found.path / state.OPTIMIZER, self.device))
         else:
@@ -118,7 +123,11 @@ class Trainer:
     def train(self) -> str:
         """Trains from where the counters are to the end; the state that the run is left in: done or interrupted."""
         self._probe_peak()
-        steps = self._steps()
+        try:
+            steps = self._steps()
+        except Stopped:
+            self.run.set_status(state="interrupted")
+            return "interrupted"
         if self.counters.step > steps:
             raise UsageError(
                 f"{self.run.path}: is at step {self.counters.step}, but the recipe ends at {steps}; "
@@ -127,6 +136,8 @@ class Trainer:
         skips = sorted({int(row["step"]) for row in self.run.rows("skips") if "step" in row})
         batches = Batches(self.prepared, self.recipe, steps=steps, skips=skips)
         every = self.recipe.evals.every_steps or max(1, steps // 10)
+        if 0 < self.counters.step < steps and self.counters.step % every == 0 and not self._evaluated():
+            self._evaluate(self.recipe.evals.tokens)
         saved_at = time.monotonic()
         beat = 0.0
         for number, batch in batches.prefetch(self.counters.step, steps):
@@ -141,9 +152,11 @@ class Trainer:
                 if done % every == 0:
                     self._evaluate(self.recipe.evals.tokens)
                 if self._save_due(done, saved_at):
-                    self._save()
+                    self.save()
                     saved_at = time.monotonic()
-        self._save()
+            if self.stop.requested:  # during the evaluation, which the next incarnation does
+                break
+        self.save()
         if not self.stop.requested:
             self._evaluate(self.recipe.evals.final_tokens)
         outcome = "interrupted" if self.stop.requested else "done"
@@ -153,7 +166,10 @@ class Trainer:
         return outcome
 
     def _steps(self) -> int:
-        """Updates in the whole run. Minutes become tokens at the first start, by measuring, and stay so."""
+        """Updates in the whole run. Minutes become tokens at the first start, by measuring, and stay so.
+
+        Raises Stopped when a stop is asked for before that is settled.
+        """
         if not self.recipe.duration.minutes:
             assert self.cost.steps is not None
             return self.cost.steps
@@ -172,11 +188,12 @@ class Trainer:
             evaluation = held_out / (2.0 * tokens_per_second)
             left = max(self.recipe.duration.minutes * 60 - spent - evaluation, 0.1 * self.recipe.duration.minutes * 60)
             probes = self.run.load("probes")
-            probes |= {"steps": max(10, round(left / seconds)), "tokens_per_second": tokens_per_second}
+            steps = max(10, round(left / seconds))
+            probes |= {"steps": self.counters.step + steps, "tokens_per_second": tokens_per_second}
             self.run.save("probes", probes)
             self.console.say(
                 f"{self.recipe.duration.minutes:g} minutes at {tokens_per_second:,.0f} tok/s: "
-                f"{probes['steps']} steps, {probes['steps'] * self.recipe.batch.tokens:,} tokens"
+                f"{steps} steps, {steps * self.recipe.batch.tokens:,} tokens"
             )
         return int(probes["steps"])
 
@@ -186,13 +203,15 @@ class Trainer:
         batches = Batches(self.prepared, self.recipe, steps=1)
         batch, times = batches.batch(0), []
         while len(times) < WARMUP_STEPS + 3 or sum(times[WARMUP_STEPS:]) < PROBE_SECONDS:
-            if self.stop.requested:
-                break
+            self.stop.check()
             start = time.perf_counter()
             self._update(batch, 1.0)
+            self.optimizer.clear()
             times.append(time.perf_counter() - start)
         self._build()
-        return statistics.median(times[WARMUP_STEPS:] or times)
+        if not self.restore(self.run):
+            self.counters = state.Counters()
+        return statistics.median(times[WARMUP_STEPS:])
 
     def _step(self, number: int, batch: Batch, steps: int) -> dict[str, Any]:
         """One update and its row of metrics."""
@@ -286,15 +305,16 @@ class Trainer:
 
     def _check_finite(self, row: dict[str, Any], applied: bool) -> None:
         if applied:
-            self.non_finite = 0
+            self.counters.non_finite = 0
             return
-        self.non_finite += 1
+        self.counters.non_finite += 1
         self.run.writer("events").append({"kind": "skipped_step", "step": row["step"], "loss": row["loss"]})
         self.console.say(f"step {row['step']}: loss or gradient is not finite; the update was left out")
-        if self.non_finite >= NON_FINITE_LIMIT:
+        if self.counters.non_finite >= NON_FINITE_LIMIT:
             raise RunError(
                 f"{self.run.path}: loss or gradient was not finite for {NON_FINITE_LIMIT} steps up to {row['step']}; "
-                "fork from an earlier checkpoint with a lower optimizer.learning_rate, or skip those batches with data.skip"
+                "fork from an earlier checkpoint with a lower optimizer.learning_rate, or skip those batches with "
+                "data.skip"
             )
 
     # What is written down
@@ -312,7 +332,9 @@ class Trainer:
         self.console.say(step_line(row, steps, eta))
 
     def _probe_peak(self) -> None:
-        self.peaks += machine.matmul_peak(self.machine.dtype, seconds=0.3, device=self.device.type)
+        if time.monotonic() - self.peak_probed > PEAK_SECONDS:
+            self.peaks += machine.matmul_peak(self.machine.dtype, seconds=0.3, device=self.device.type)
+            self.peak_probed = time.monotonic()
 
     def _save_due(self, step: int, saved_at: float) -> bool:
         settings = self.recipe.checkpoint
@@ -320,17 +342,30 @@ class Trainer:
             return step % settings.every_steps == 0
         return settings.every_minutes > 0 and time.monotonic() - saved_at > settings.every_minutes * 60
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of the present step, unless it has one. RunError when the weights are not finite: saving them
+        would in the end push out the last good ones.
+        """
         step = self.counters.step
-        if step == 0 or self.run.latest() == step:
+        if step in (0, self.saved):
             return
+        if not all(bool(master.isfinite().all()) for master in self.masters.values()):
+            raise RunError(
+                f"{self.run.path}: the weights are not finite at step {step}, so they were not saved; "
+                "fork from an earlier checkpoint with a lower optimizer.learning_rate"
+            )
         start = time.perf_counter()
         if (joules := self.meter.joules) is not None:
             self.counters.energy_joules = self.energy_before + joules
         size = state.save(self.run, self.counters, self.masters, self.optimizer.state())
+        self.saved = step
         self.run.prune(self.recipe.checkpoint.keep)
         seconds = time.perf_counter() - start
         self.run.writer("events").append({"kind": "checkpoint", "step": step, "seconds": seconds, "bytes": size})
+
+    def _evaluated(self) -> bool:
+        """Whether the present step has its held-out loss already."""
+        return any(row.get("step") == self.counters.step for row in self.run.standing_rows("validation"))
 
     def _evaluate(self, tokens: int) -> None:
         start = time.perf_counter()
@@ -356,10 +391,12 @@ class Trainer:
         )  # fmt: skip
 
     def _summarise(self, packing_loss: float) -> None:
-        rates = [row["tokens_per_second"] for row in self.run.metrics() if row.get("tokens_per_second")]
+        rows = self.run.metrics()
+        rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         wall = wall_seconds(self.run)
         median = statistics.median(rates) if rates else None
         counters = self.counters
+        own_tokens = len(rows) * self.recipe.batch.tokens  # a fork's counters include its parent's
         parameters = self.cost.parameters
         self.run.save(
             "summary",
@@ -372,7 +409,7 @@ class Trainer:
                 "seconds": wall,
                 "step_seconds": counters.seconds,
                 "tokens_per_second": median,
-                "goodput": counters.tokens / wall / median if median and wall else None,
+                "goodput": own_tokens / wall / median if median and wall else None,
                 "mfu": mfu_summary(self.run),
                 "peak_memory_bytes": peak_memory_bytes(self.device),
                 "energy_joules": counters.energy_joules,
