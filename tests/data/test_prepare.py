@@ -169,7 +169,7 @@ def test_a_killed_preparation_continues_where_it_was(tmp_path, monkeypatch):
     assert process.returncode == -signal.SIGKILL and markers and not (folder / "manifest.json").exists()
     left = {path: path.stat().st_mtime_ns for path in markers}
     # A finished chunk that was damaged meanwhile is not believed.
-    damaged = folder / "sources" / "0-a" / "train-00000-00.bin"
+    damaged = markers[0].with_name(markers[0].stem.replace("chunk", "train") + "-00.bin")
     damaged.write_bytes(damaged.read_bytes()[:-2] + b"xx")
     with start(recipe, tmp_path) as again:
         assert again.wait() == 0

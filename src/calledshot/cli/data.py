@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from calledshot.recipe import Recipe, UsageError, from_dict, load_recipe
+from calledshot.recipe import Recipe, UsageError, cost, from_dict, load_recipe
 from calledshot.rundir import RunDirectory, find_lab, resolve_run
 
 from .arguments import Json, Override, RecipeName, print_json, table
@@ -82,7 +82,7 @@ def show(
         loaded = load_recipe(recipe, overrides)
         with bar() as progress:
             prepared = prepare(loaded, find_lab(), progress)
-        batches = Batches(prepared, loaded, steps=None if loaded.duration.tokens else step)
+        batches = Batches(prepared, loaded, steps=cost(loaded).steps if loaded.duration.flops else None)
     show_step(batches, step, rows or (batches.rows_per_batch if run else 4), documents_only=bool(run), json=json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def download_tokenizer(reference: str) -> Path:
 
 def _download(repository: str, name: str, revision: str | None, kind: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(hf_hub_download(repository, name, revision=revision, repo_type=kind))
     except Exception as error:

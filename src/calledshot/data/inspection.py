@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,10 @@ def run_batches(run: RunDirectory, recipe: Recipe) -> Batches:
         raise RunError(
             f"{path}: the data that {run.name} was trained on are gone; `shot data build {run.name}/recipe.toml`"
         )
+    prepared = Prepared.open(path)
+    if not recipe.model.vocabulary:
+        size = -(-prepared.tokenizer.size // 64) * 64
+        recipe = replace(recipe, model=replace(recipe.model, vocabulary=size))
     steps = run.load("probes").get("steps") or cost(recipe).steps
     skips = [int(row["step"]) for row in run.rows("skips") if "step" in row]
-    return Batches(Prepared.open(path), recipe, steps=steps, skips=skips)
+    return Batches(prepared, recipe, steps=steps, skips=skips)

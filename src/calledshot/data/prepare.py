@@ -234,8 +234,10 @@ def _tokenizer(
 
 
 def sample(corpora: Sequence[Corpus], thresholds: Sequence[int], budget: int) -> Iterator[str]:
-    """Training documents of about `budget` characters together, from places spread evenly over each source; always the
-    same."""
+    """Training documents of about `budget` characters together, always the same.
+
+    They are taken from places spread evenly over each source; a compressed file is one place, read from its beginning.
+    """
     skipped: Counter[str] = Counter()
     for corpus, limit in zip(corpora, thresholds, strict=True):
         left = budget // len(corpora)
