@@ -125,7 +125,7 @@ def test_many_processes_give_the_same_bytes_as_one(tmp_path, monkeypatch):
     assert reading == sorted(reading) and reading[-1][0] == reading[-1][1] == (tmp_path / "a.jsonl").stat().st_size
 
 
-def test_an_error_in_a_worker_is_told_as_one_line(tmp_path, monkeypatch):
+def test_an_error_far_inside_a_file_is_told_as_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("calledshot.data.readers.SMALLEST_CHUNK", 20_000)
     monkeypatch.setattr(workers, "ALONE", 0)
     write_jsonl(tmp_path / "a.jsonl", 300)
@@ -133,8 +133,9 @@ def test_an_error_in_a_worker_is_told_as_one_line(tmp_path, monkeypatch):
     prepare(recipe_for(Source(path="a.jsonl")), tmp_path).tokenizer.save(tmp_path / "given.json")
     with open(tmp_path / "a.jsonl", "a") as stream:
         stream.write('{"body": 1}\n')
-    with pytest.raises(UsageError, match="no field 'text'; there are body"):
-        prepare(recipe, tmp_path)
+    for one in (recipe, recipe_for(Source(path="a.jsonl"))):
+        with pytest.raises(UsageError, match="no field 'text'; there are body"):
+            prepare(one, tmp_path)
 
 
 SCRIPT = """

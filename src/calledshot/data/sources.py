@@ -191,5 +191,7 @@ class FileHashes:
 
     def save(self) -> None:
         if self._new:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._path, json.dumps(self._known, indent=1))
+            # Without it the next start is slower, and nothing else.
+            with suppress(OSError, RunError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(self._path, json.dumps(self._known, indent=1))
