@@ -55,27 +55,53 @@ def _row_blocks(T: int) -> int:
     return 1
 
 
+class _BlockOfRows(torch.autograd.Function):
+    """softmax(mask(q k^T)) v for one block of rows, keeping only the weights for the backward.
+
+    N = B * K products; R = G * rows, the query heads of a key head being rows of one product. Left to itself the compiler keeps
+    scores and weights both, and takes the exponential a second time.
+    """
+
+    @staticmethod
+    def forward(ctx, q_NRC, k_NSC, v_NSC, hidden_BRS, groups, scale):
+        N, S = len(k_NSC), k_NSC.size(1)
+        B, rows = hidden_BRS.shape[:2]
+        scores = torch.bmm(q_NRC, k_NSC.transpose(1, 2)).view(B, N // B, groups, rows, S).float() * scale
+        scores = torch.where(hidden_BRS[:, None, None], float("-inf"), scores)
+        weights_NRS = scores.softmax(-1).to(v_NSC.dtype).view(N, groups * rows, S)
+        ctx.save_for_backward(q_NRC, k_NSC, v_NSC, weights_NRS)
+        ctx.scale = scale
+        return torch.bmm(weights_NRS, v_NSC)
+
+    @staticmethod
+    def backward(ctx, gradient_NRC):
+        q_NRC, k_NSC, v_NSC, weights_NRS = ctx.saved_tensors
+        slope_NRS = torch.bmm(gradient_NRC, v_NSC.transpose(1, 2)).float()
+        weights = weights_NRS.float()
+        mean_NR1 = (slope_NRS * weights).sum(-1, keepdim=True)
+        slope_NRS = (weights * (slope_NRS - mean_NR1) * ctx.scale).to(q_NRC.dtype)
+        q_gradient = torch.bmm(slope_NRS, k_NSC)
+        k_gradient = torch.bmm(slope_NRS.transpose(1, 2), q_NRC)
+        return q_gradient, k_gradient, torch.bmm(weights_NRS.transpose(1, 2), gradient_NRC), None, None, None
+
+
 def _attend_in_blocks(q_BTKGC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor | None) -> Tensor:
     B, T, K, G, C = q_BTKGC.shape
     blocks = _row_blocks(T)
     rows = T // blocks
-    scale = 1.0 / math.sqrt(C)
-    # Query heads of one key head are rows of one product: (B * K, G * rows, C) x (B * K, C, S).
     q_BKGTC = q_BTKGC.permute(0, 2, 3, 1, 4)
     k_NSC = k_BTKC.transpose(1, 2).reshape(B * K, T, C)
     v_NSC = v_BTKC.transpose(1, 2).reshape(B * K, T, C)
-    position_S = torch.arange(T, device=q_BTKGC.device)
+    position_S = torch.arange(T, device=q_BTKGC.device, dtype=torch.int32)
     outputs = []
     for block in range(blocks):
         start, stop = block * rows, (block + 1) * rows
-        q_NRC = q_BKGTC[:, :, :, start:stop].reshape(B * K, G * rows, C)
-        scores = torch.bmm(q_NRC, k_NSC[:, :stop].transpose(1, 2)).view(B, K, G, rows, stop).float() * scale
-        seen = position_S[None, None, :stop] <= position_S[None, start:stop, None]
+        hidden_BRS = (position_S[None, :stop] > position_S[start:stop, None])[None].expand(B, rows, stop)
         if documents_BT is not None:
-            seen = seen & (documents_BT[:, start:stop, None] == documents_BT[:, None, :stop])
-        scores = torch.where(seen[:, None, None], scores, float("-inf"))
-        weights = scores.softmax(-1).to(v_BTKC.dtype).view(B * K, G * rows, stop)
-        outputs.append(torch.bmm(weights, v_NSC[:, :stop]).view(B, K, G, rows, C))
+            hidden_BRS = hidden_BRS | (documents_BT[:, start:stop, None] != documents_BT[:, None, :stop])
+        q_NRC = q_BKGTC[:, :, :, start:stop].reshape(B * K, G * rows, C)
+        output_NRC = _BlockOfRows.apply(q_NRC, k_NSC[:, :stop], v_NSC[:, :stop], hidden_BRS, G, 1.0 / math.sqrt(C))
+        outputs.append(output_NRC.view(B, K, G, rows, C))
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4)
 
 

@@ -90,7 +90,8 @@ class Block(nn.Module):
         K, X, C, _ = self.qkv_KXCD.shape
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
         qkv_BTKXC = F.linear(h_BTD, self.qkv_KXCD.view(-1, D)).view(B, T, K, X, C)
-        q, k, v = qkv_BTKXC[..., : self.groups, :], qkv_BTKXC[..., self.groups, :], qkv_BTKXC[..., self.groups + 1, :]
+        q, k, v = qkv_BTKXC.split((self.groups, 1, 1), dim=3)
+        k, v = k.squeeze(3), v.squeeze(3)
         if self.query_norm_C is not None and self.key_norm_C is not None:
             q = rms_norm(q, self.query_norm_C, self.epsilon)
             k = rms_norm(k, self.key_norm_C, self.epsilon)
