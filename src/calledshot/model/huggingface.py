@@ -143,6 +143,7 @@ def export_huggingface(
         _write_weights(draft, to_huggingface(config, state), dtype, shard_bytes)
         for file, content in _documents(name, config, state, tokenizer, dtype, provenance).items():
             atomic_write(draft / file, content)
+        written = sorted(path.name for path in draft.iterdir())
         if folder.exists() and any(folder.iterdir()):
             _replace(folder, draft)
         else:
@@ -151,7 +152,7 @@ def export_huggingface(
         raise write_failure(folder, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return sorted(path for path in folder.iterdir() if path.is_file())
+    return [folder / name for name in written]
 
 
 def load_huggingface(folder: Path) -> tuple[schema.Model, dict[str, Tensor]]:

@@ -1,0 +1,119 @@
+"""An evaluation of one checkpoint: what it says, how it is kept, how two are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calledshot.evals.compression import compressors
+from calledshot.evals.scoring import Progress, Scored, Split, prepared_data, read_texts, score_prepared, score_texts
+from calledshot.recipe import UsageError
+from calledshot.rundir import RunDirectory, utc_now
+from calledshot.stats import Comparison, paired_comparison
+from calledshot.training import load_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One checkpoint on some documents."""
+
+    run: RunDirectory
+    step: int
+    kind: str
+    """`held-out`, `train` or `text`."""
+    dtype: str
+    scored: dict[str, Scored]
+    """By source."""
+    detail: str = ""
+    """What tells it from others of its kind, in its identifier."""
+    references: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Bits per byte of other compressors on the same documents, by source and name."""
+
+    @property
+    def identifier(self) -> str:
+        """Name of its files under evals/; the same question has the same name."""
+        return f"{self.kind}{self.detail}-step-{self.step:07d}"
+
+    @property
+    def path(self) -> Path:
+        """Its summary; the documents are beside it, as .jsonl."""
+        return self.run.path / "evals" / f"{self.identifier}.json"
+
+    def summary(self) -> dict[str, Any]:
+        """As it is kept and printed."""
+        sources = {}
+        for source, one in self.scored.items():
+            languages = {language: measure.record() for language, measure in one.by_language().items()}
+            sources[source] = one.measure().record() | ({"languages": languages} if languages else {})
+        summary: dict[str, Any] = {"kind": self.kind, "step": self.step, "dtype": self.dtype, "sources": sources}
+        return summary | ({"references": self.references} if self.references else {})
+
+    def save(self) -> None:
+        """Write evals/ID.jsonl, a row a document, and then its summary evals/ID.json; an earlier answer is replaced."""
+        self.path.with_suffix(".jsonl").unlink(missing_ok=True)
+        with self.run.eval_writer(self.identifier) as writer:
+            for one in self.scored.values():
+                columns = one.names, one.languages, one.nats.tolist(), one.tokens.tolist(), one.bytes.tolist()
+                for name, language, nats, tokens, size in zip(*columns, strict=True):
+                    writer.append(
+                        {"source": one.source, "document": name, "language": language,
+                         "nats": nats, "tokens": tokens, "bytes": size}
+                    )  # fmt: skip
+            writer.sync()
+        self.run.save_eval(self.identifier, {"time": utc_now(), **self.summary()})
+
+
+def evaluate(
+    run: RunDirectory,
+    step: int | None = None,
+    *,
+    sources: Sequence[str] = (),
+    tokens: int = 0,
+    split: Split = "held-out",
+    texts: Sequence[Path] = (),
+    with_compressors: bool = False,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a checkpoint (the newest) on its run's held-out documents, or on text files alone where some are given.
+
+    `tokens` bounds what is read of each source (0 reads all). `dtype` is `float32`, `bfloat16` or `auto`: what the run
+    was trained in, so that the numbers are those of its own last measurement.
+    """
+    if with_compressors and (tokens or texts or split != "held-out"):
+        raise UsageError("--compressors reads all held-out documents: leave out --tokens, --text and --split")
+    read = read_texts(texts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = trained_dtype(run, device) if dtype == "auto" else dtype
+    loaded = load_model(run, step, dtype=getattr(torch, dtype), device=device)
+    if read:
+        digest = hashlib.sha256("\0".join(read.values()).encode()).hexdigest()[:8]
+        scored = {"text": score_texts(loaded, read, progress)}
+        return Evaluation(run, loaded.step, "text", dtype, scored, f"-{digest}")
+    prepared = prepared_data(run, loaded.recipe, progress)
+    scored = score_prepared(loaded, prepared, sources=sources, tokens=tokens, split=split, progress=progress)
+    references = {source: compressors(prepared, source, progress) for source in scored} if with_compressors else {}
+    detail = "".join(f"-{re.sub(r'[^0-9A-Za-z_.]+', '_', part)}" for part in (*sources, str(tokens or "")) if part)
+    return Evaluation(run, loaded.step, split, dtype, scored, detail, references)
+
+
+def trained_dtype(run: RunDirectory, device: str) -> str:
+    """The dtype that the run was last trained in on such a device; else float32 on CPUs, bfloat16 on GPUs."""
+    machines = run.load("probes").get("machines", {}).values()
+    known = [str(one["dtype"]) for one in machines if one["device"] == device]
+    return known[-1] if known else "float32" if device == "cpu" else "bfloat16"
+
+
+def compare(a: Scored, b: Scored) -> Comparison | None:
+    """Bits per byte of `a` less those of `b`, paired by document; None where these are not the same documents."""
+    if a.names != b.names or not np.array_equal(a.bytes, b.bytes):
+        return None
+    bits_a, bits_b = (one.nats / np.log(2) / one.bytes for one in (a, b))
+    return paired_comparison(bits_a, bits_b, weights=a.bytes)

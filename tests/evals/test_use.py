@@ -1,0 +1,99 @@
+"""`shot eval` and `shot export` as they are typed."""
+
+import json
+
+import pytest
+import torch
+
+from calledshot.cli import main
+from calledshot.model import Decoder
+from calledshot.model.huggingface import load_huggingface
+from calledshot.rundir import RunDirectory
+from calledshot.training import load_model
+
+
+@pytest.fixture(autouse=True)
+def in_lab(lab, monkeypatch):
+    monkeypatch.chdir(lab)
+    (lab / "lab.toml").touch()
+
+
+def test_an_evaluation_is_printed_and_kept(random_run, capsys):
+    assert main(["eval", "random", "--json"]) == 0
+    (printed,) = json.loads(capsys.readouterr().out)
+    identifier = printed["id"]
+    assert identifier == "held-out-step-0000007"
+    kept = random_run.evals()[identifier]
+    assert kept["sources"] == printed["sources"]
+    rows = random_run.eval_rows(identifier)
+    for source, table in printed["sources"].items():
+        mine = [row for row in rows if row["source"] == source]
+        assert len(mine) == table["documents"]
+        assert sum(row["nats"] for row in mine) / sum(row["tokens"] for row in mine) == pytest.approx(table["loss"])
+    assert main(["eval", "random@7"]) == 0
+    assert len(random_run.eval_rows(identifier)) == len(rows)
+
+
+def test_runs_stand_side_by_side(random_run, uniform_run, capsys):
+    assert main(["eval", "uniform", "random", "--source", "prose", "--tokens", "1k", "--compressors"]) == 2
+    assert main(["eval", "uniform", "random", "--source", "prose", "--compressors"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["run", "source"]
+    first_words = [line.split("  ")[0] for line in lines[1:]]
+    assert first_words == ["uniform@7"] * 3 + ["random@7"] * 3 + ["xz -9e", "xz -9e given the training text"]
+    assert "p = " in lines[4]
+    kept = uniform_run.evals()["held-out-prose-step-0000007"]
+    assert set(kept["references"]["prose"]) == {"xz -9e", "xz -9e given the training text"}
+
+
+def test_any_text_can_be_scored(random_run, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("the model of the text")
+    (tmp_path / "b.txt").write_text("ünï")
+    assert main(["eval", "random", "--json", "--text", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]) == 0
+    (printed,) = json.loads(capsys.readouterr().out)
+    assert printed["sources"]["text"]["documents"] == 2
+    assert printed["sources"]["text"]["bytes"] == 26
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "eval needs a run"),
+        (["randm"], "did you mean 'random'"),
+        (["random@3"], "no complete checkpoint of step 3"),
+        (["random", "--source", "poems"], "there are prose, notes"),
+        (["random", "--text", "absent.txt"], "absent.txt: cannot be read"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments, words, random_run, capsys):
+    before = random_run.evals()
+    assert main(["eval", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("data: ")]
+    assert words in line
+    assert random_run.evals() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_is_exported(dtype, random_run, capsys, tmp_path):
+    folder = tmp_path / "out"
+    assert main(["export", "random", str(folder), "--dtype", dtype]) == 0
+    assert "Qwen3ForCausalLM, step 7" in capsys.readouterr().out
+    expected = load_model(random_run).model
+    config, weights = load_huggingface(folder)
+    decoder = Decoder(config)
+    decoder.load_state_dict(weights)
+    for ours, theirs in zip(expected.parameters(), decoder.parameters(), strict=True):
+        assert torch.equal(ours.to(getattr(torch, dtype)).float(), theirs)
+    assert "step 7" in (folder / "README.md").read_text()
+    assert main(["export", "random", str(folder)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main(["export", "random", str(folder), "--force"]) == 0
+    assert main(["export", "random@7", str(folder), "--step", "3", "--force"]) == 2
+
+
+def test_a_recipe_without_a_class_is_refused_before_anything_is_read(lab, capsys, tmp_path):
+    recipe = "[model]\nsoftcap = 30.0\n[duration]\ntokens = 100_000\n"
+    run = RunDirectory.create(lab / "runs" / "capped", recipe_toml=recipe, identity="x")
+    assert main(["export", run.name, str(tmp_path / "out")]) == 2
+    assert "model.softcap" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
