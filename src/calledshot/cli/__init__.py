@@ -19,6 +19,8 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("train", "calledshot.cli.train:train", "Train a recipe, or go on with the run of that name."),
     ("resume", "calledshot.cli.train:resume", "Go on with an interrupted run."),
     ("demo", "calledshot.cli.demo:demo", "A small model on this interpreter's standard library, in minutes."),
+    ("eval", "calledshot.cli.evaluate:eval_", "Loss, perplexity and bits per byte of held-out documents or any text."),
+    ("export", "calledshot.cli.convert:export", "Write a run's model as a Hugging Face folder."),
     ("recipe", "calledshot.cli.recipe:app", "List, show, check, size up and compare recipes."),
     ("data", "calledshot.cli.data:app", "Prepare data, look at what is in them, see what the model sees."),
     ("doctor", "calledshot.cli.doctor:doctor", "What this machine is, what it lacks, and what would fix it."),
