@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -133,6 +134,54 @@ def test_runs_are_compared_with_what_limits_the_comparison(tmp_path):
     assert "The recipes do not differ." in same
     assert "did not spend" not in same
     assert "a (2)" in same
+
+
+def evaluate(run: Path, bits: list[float]) -> None:
+    """An evaluation of the last step whose documents, of 1,000 bytes, cost so many bits a byte."""
+    (run / "evals").mkdir()
+    step, mean = json.loads((run / "status.json").read_text())["step"], sum(bits) / len(bits)
+    measure = {
+        "documents": len(bits),
+        "bits_per_byte": mean,
+        "bits_per_byte_low": mean - 0.02,
+        "bits_per_byte_high": mean + 0.02,
+    }
+    summary = {"kind": "held-out", "step": step, "sources": {"python": measure | {"languages": {"python": measure}}}}
+    write_json(run / "evals" / "held-out.json", summary)
+    rows = [
+        {"source": "python", "document": f"{place}.py", "bytes": 1000, "nats": 1000 * value * math.log(2)}
+        for place, value in enumerate(bits)
+    ]
+    write_lines(run / "evals" / "held-out.jsonl", rows)
+    write_json(run / "summary.json", {"final": {"python": {"bits_per_byte": mean, "loss": 2.5}}})
+
+
+def test_differences_are_paired_by_document_and_noise_is_called_noise(tmp_path):
+    runs = [write_run(tmp_path / name, steps=20, restart=None) for name in ("a", "better", "same")]
+    documents = [1.0 + 0.1 * place for place in range(12)]
+    evaluate(runs[0], documents)
+    evaluate(runs[1], [bits - 0.05 - 0.001 * (place % 3) for place, bits in enumerate(documents)])
+    evaluate(runs[2], [bits + (0.01 if place % 2 else -0.01) for place, bits in enumerate(documents)])
+    html = page(runs, tmp_path)
+    better = re.search(r"<li>(better less a on held-out python: .*?)</li>", html).group(1)
+    assert "-0.051" in better
+    assert "could explain" not in better
+    assert "could explain" in re.search(r"<li>(same less a on held-out python: .*?)</li>", html).group(1)
+    assert "95 % 1.530 to 1.570 over documents" in html
+
+
+def test_an_evaluation_of_more_text_replaces_the_runs_own(tmp_path):
+    run = write_run(tmp_path / "demo", steps=20, restart=None)
+    evaluate(run, [1.4, 1.6])
+    html = page([run], tmp_path)
+    assert "summary.json: final.python" in html
+    for size, origin in ((100, "evals/held-out.json"), (100_000, "summary.json: final.python")):
+        final = {"bits_per_byte": 1.2, "loss": 2.0, "bytes_evaluated": size}
+        write_json(run / "summary.json", {"final": {"python": final}})
+        found = json.loads((run / "evals" / "held-out.json").read_text())
+        found["sources"]["python"]["bytes"] = 2000
+        write_json(run / "evals" / "held-out.json", found)
+        assert re.search(rf'<span class="detail">[^<]*{origin}</span>', page([run], tmp_path))
 
 
 def test_a_recipe_of_a_newer_version_is_compared_as_it_is_written(tmp_path):

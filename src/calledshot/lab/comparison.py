@@ -9,7 +9,8 @@ from typing import Any
 from calledshot.recipe import to_dict
 
 from . import figures
-from .figures import finite
+from .evaluations import differences as document_differences
+from .figures import finite, flatten
 from .tables import comparability, efficiency
 from .view import View, open_view
 
@@ -22,18 +23,6 @@ class Difference:
 
     key: str
     values: list[Any]
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested tables; items of lists of tables are numbered."""
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        value = {str(place): item for place, item in enumerate(value)}
-    if isinstance(value, Mapping):
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: value}
 
 
 def differences(tables: Sequence[Mapping[str, Any]]) -> list[Difference]:
@@ -90,6 +79,6 @@ def compare(a: Any, b: Any) -> Comparison:
         recipe=recipe_differences(views),
         environment=environment_differences(views),
         results=rows,
-        notes=comparability(views),
+        notes=[*comparability(views), *document_differences(views)],
         warnings=[f"{view.name}: {warning}" for view in views for warning in view.warnings],
     )

@@ -1,9 +1,11 @@
-"""How numbers are written for people: few digits, known units, and "n/a" for what is not known."""
+"""How values are written for people: few digits, known units, and "n/a" for what is not known."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 MISSING = "n/a"
 
@@ -50,10 +52,10 @@ def significant(value: object, digits: int = 3) -> str:
         return MISSING
     if number == 0:
         return "0"
+    if not 1e-4 <= abs(number) < 1e6:
+        return power(number, digits)
     rounded = float(f"{number:.{digits - 1}e}")
     magnitude = math.floor(math.log10(abs(rounded)))
-    if not -4 <= magnitude < 6:
-        return power(number, digits)
     return f"{rounded:,.{max(0, digits - 1 - magnitude)}f}"
 
 
@@ -165,3 +167,15 @@ def written(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(written(item) for item in value) or "none"
     return str(value) or "(empty)"
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables; items of lists of tables are numbered."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        value = {str(place): item for place, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}

@@ -17,10 +17,10 @@ from calledshot import __version__
 from calledshot.recipe import UsageError
 from calledshot.rundir import RunDirectory, atomic_write
 
-from . import figures
-from .comparison import flatten, recipe_differences
+from . import evaluations, figures
+from .comparison import recipe_differences
 from .curves import SERIES, incarnation, number
-from .figures import finite
+from .figures import finite, flatten
 from .tables import comparability, efficiency, headline, results
 from .timeline import Timeline, timeline
 from .view import View, open_view
@@ -72,12 +72,13 @@ def render(views: Sequence[View], *, price: float | None = None) -> str:
         views=views,
         headlines=[headline(view) for view in views],
         results=results(views),
-        notes=comparability(views),
+        notes=[*comparability(views), *evaluations.differences(views)],
         charts=[chart for chart in CHARTS if _has_data(chart[0], chart_data["runs"])],
         chart_data=chart_data,
         efficiency=efficiency(views, price),
         samples=[_samples(view) for view in views],
-        evaluations=[_evaluations(view) for view in views],
+        evaluations=[evaluations.tables(view) for view in views],
+        evaluation_columns=evaluations.COLUMNS,
         timelines=lines,
         recipe_differences=recipe_differences(views) if len(views) > 1 else [],
         facts=[_facts(view) for view in views],
@@ -108,7 +109,9 @@ def _compact(value: float | None) -> float | int | None:
     """A number for the page's data: six significant digits, integers without a point."""
     if value is None:
         return None
-    short = float(f"{value:.6g}")
+    short = finite(float(f"{value:.6g}"))
+    if short is None:
+        return None
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 
@@ -204,25 +207,6 @@ def _samples(view: View) -> list[dict[str, Any]]:
                 }
             )
         found.append({"prompt": prompt, "shown": shown, "count": len(rows)})
-    return found
-
-
-def _evaluations(view: View) -> list[tuple[str, list[tuple[str, str]]]]:
-    """By evaluation: the fields of its summary."""
-    found = []
-    for name, summary in view.evaluations.items():
-        fields = []
-        for key, value in list(flatten(summary).items())[:60]:
-            known = finite(value)
-            text = (
-                figures.date(value)
-                if key == "time"
-                else figures.significant(known, 4)
-                if known is not None
-                else figures.written(value)
-            )
-            fields.append((key, text[:500]))
-        found.append((name, fields))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from calledshot.recipe import ShotError, cost
 
 from . import figures
+from .evaluations import interval
 from .figures import MISSING, finite
 from .view import View
 
@@ -72,7 +73,8 @@ def results(views: Sequence[View]) -> list[Result]:
             if bits is None or bits <= 0:
                 notes.append(f"{view.name}: {MISSING} bits per byte for this source.")
                 continue
-            entries.append((view.name, bits, finite(row.get("loss")), place, origin))
+            detail = " · ".join(part for part in (interval(view, source, bits), origin) if part)
+            entries.append((view.name, bits, finite(row.get("loss")), place, detail))
             if (density := finite(row.get("bytes_per_token"))) is not None:
                 per_token.add(figures.significant(density))
             if (evaluated := finite(row.get("bytes_evaluated"))) is not None and origin.startswith("validation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -113,10 +114,20 @@ class View:
         return list(dict.fromkeys([*names, *_table(self.summary.get("final"))]))
 
     def final(self, source: str) -> tuple[dict[str, Any], str]:
-        """Last held-out measurement of a source and the file and place it comes from; ({}, "") where there is none."""
+        """Last held-out measurement of a source and the file and place it comes from; ({}, "") where there is none.
+
+        An evaluation of the last step counts for more than what the run itself measured on fewer bytes.
+        """
         measured = _table(_table(self.summary.get("final")).get(source))
+        origin, most = f"summary.json: final.{source}", finite(measured.get("bytes_evaluated"))
+        for name, summary in self.evaluations.items():
+            one = _table(_table(summary.get("sources")).get(source))
+            size = finite(one.get("bytes")) or 0.0
+            whole = summary.get("kind") == "held-out" and finite(summary.get("step")) == self.reached["step"]
+            if whole and size > (most if most is not None else math.inf if measured else 0.0):
+                measured, origin, most = one, f"evals/{name}.json", size
         if measured:
-            return measured, f"summary.json: final.{source}"
+            return measured, origin
         rows = [row for row in self.validation if row.get("source") == source]
         if not rows:
             return {}, ""

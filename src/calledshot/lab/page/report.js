@@ -44,10 +44,11 @@
     const weights = Array.from({ length: reach + 1 }, (_, d) => Math.exp((-d * d) / (2 * sigma * sigma)));
     return values.map((value, i) => {
       if (value === null) return null;
-      const width = Math.min(reach, i, values.length - 1 - i); // the same reach to both sides, so that ends do not lean
+      // At the steep start as far ahead as back, lest it lean; at the end as far back as ever, lest the last point be noise.
+      const ahead = Math.min(reach, i, values.length - 1 - i);
       let sum = 0;
       let total = 0;
-      for (let d = -width; d <= width; d++) {
+      for (let d = -Math.min(reach, i); d <= ahead; d++) {
         const other = values[i + d];
         if (other === null) continue;
         sum += weights[Math.abs(d)] * other;
