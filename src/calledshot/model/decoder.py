@@ -33,10 +33,9 @@ from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
 from calledshot.recipe import schema, shape
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cache:
-    """Keys and values of what was read so far: per layer (B, S, K, C). Row b holds positions 0, 1, 2, ... at indices 0,
-    1, 2, ...
+    """Keys and values of what was read so far: per layer (B, K, S, C). A row holds positions 0, 1, 2, ... in order.
 
     What lies behind a row's last written position is never seen, since a query sees positions up to its own.
     """
@@ -45,8 +44,23 @@ class Cache:
     values: list[Tensor]
 
     @property
+    def rows(self) -> int:
+        return self.keys[0].size(0)
+
+    @property
     def capacity(self) -> int:
-        return self.keys[0].size(1)
+        return self.keys[0].size(2)
+
+    def part(self, rows: slice, capacity: int) -> Cache:
+        """A view of some rows, up to `capacity` positions of each."""
+        keys, values = ([each[rows, :, :capacity] for each in layers] for layers in (self.keys, self.values))
+        return Cache(keys, values)
+
+    def copy_from(self, other: Cache) -> None:
+        """Take over what `other` holds, as far as both reach."""
+        rows, capacity = min(self.rows, other.rows), min(self.capacity, other.capacity)
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            mine[:rows, :, :capacity] = theirs[:rows, :, :capacity]
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -81,10 +95,10 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         documents_BT: Tensor | None = None,
-        cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the mask over them (B,
-        T, S).
+        """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the bias of the scores
+        over them (B, T, S); without a bias the rows begin here, and see no more than themselves.
         """
         B, T, D = x_BTD.shape
         K, X, C, _ = self.qkv_KXCD.shape
@@ -96,15 +110,16 @@ class Block(nn.Module):
             q = rms_norm(q, self.query_norm_C, self.epsilon)
             k = rms_norm(k, self.key_norm_C, self.epsilon)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
+        bias_BTS = None
+        if cache is not None:
+            keys_BKSC, values_BKSC, positions_BT, bias_BTS = cache
+            rows_B1 = torch.arange(B, device=x_BTD.device)[:, None]
+            keys_BKSC[rows_B1, :, positions_BT] = k
+            values_BKSC[rows_B1, :, positions_BT] = v
+        if cache is None or bias_BTS is None:
             y = attend(q, k, v, documents_BT, blocked=self.blocked_attention)
         else:
-            keys_BSKC, values_BSKC, positions_BT, seen_BTS = cache
-            rows_B1 = torch.arange(B, device=x_BTD.device)[:, None]
-            keys_BSKC[rows_B1, positions_BT] = k
-            values_BSKC[rows_B1, positions_BT] = v
-            S = seen_BTS.size(-1)
-            y = attend_cached(q, keys_BSKC[:, :S], values_BSKC[:, :S], seen_BTS)
+            y = attend_cached(q, keys_BKSC, values_BKSC, bias_BTS)
         x_BTD = x_BTD + F.linear(y.reshape(B, T, -1), self.out_DHC)
         h_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.epsilon)
         gate_BTF, up_BTF = F.linear(h_BTD, self.gate_up_2FD.view(-1, D)).chunk(2, -1)
@@ -164,8 +179,9 @@ class Decoder(nn.Module):
         """Normalised states (B, T, D) before the head. `tokens_BT` int; positions default to 0, 1, 2, ...
 
         With a cache, the new keys and values are written at `positions_BT` and everything up to a token's own position
-        is seen; `documents_BT` must be None then.
+        is seen; without positions its rows begin anew. `documents_BT` must be None then.
         """
+        begins = positions_BT is None
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device)[None].expand_as(tokens_BT)
         x_BTD = F.embedding(tokens_BT, self.embedding_VD)
@@ -175,10 +191,12 @@ class Decoder(nn.Module):
             for block in self.blocks:
                 x_BTD = (block if torch.is_grad_enabled() else block.forward)(x_BTD, cos, sin, documents_BT)
         else:
-            seen_S = torch.arange(int(positions_BT.max()) + 1, device=tokens_BT.device)
-            seen_BTS = seen_S[None, None] <= positions_BT[:, :, None]
+            bias_BTS = None
+            if not begins:
+                position_S = torch.arange(cache.capacity, device=tokens_BT.device)
+                bias_BTS = torch.zeros_like(cos[..., :1]).where(position_S <= positions_BT[..., None], -torch.inf)
             for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-                x_BTD = block.forward(x_BTD, cos, sin, None, (keys, values, positions_BT, seen_BTS))
+                x_BTD = block.forward(x_BTD, cos, sin, None, (keys, values, positions_BT, bias_BTS))
         return rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
 
     @torch.no_grad()
@@ -235,7 +253,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` positions, in the model's dtype."""
-        size = (batch, capacity, self.config.kv_heads, self.derived.head_width)
+        size = (batch, self.config.kv_heads, capacity, self.derived.head_width)
         like = self.embedding_VD
         empty = [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in range(2 * self.config.layers)]
         return Cache(empty[::2], empty[1::2])
