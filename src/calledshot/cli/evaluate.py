@@ -104,8 +104,8 @@ def difference(one: Scored, first: Scored | None) -> str:
     from calledshot.evals import compare
     from calledshot.stats import format_interval
 
-    found = first and compare(one, first)
-    if not found:
+    found = None if first is None else compare(one, first)
+    if found is None:
         return "other documents"
     if not math.isfinite(found.difference.half_width):
         return f"{found.difference.value:.3f}"
