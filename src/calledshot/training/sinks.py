@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,13 @@ class Sink:
 
     def close(self) -> None:
         """Give what is queued a bounded time to leave."""
-        try:
+        with suppress(queue.Full):
             self._rows.put(None, timeout=CLOSE_SECONDS)
-        except queue.Full:
-            return
-        self._thread.join(CLOSE_SECONDS)
-        if self.dropped:
+            self._thread.join(CLOSE_SECONDS)
+        unsent = self.dropped + (self._rows.qsize() if self._thread.is_alive() else 0)
+        if unsent:
             print(
-                f"shot: {self.kind} was too slow, {self.dropped} rows were not sent; metrics.jsonl has all",
-                file=sys.stderr,
+                f"shot: {self.kind} was too slow, {unsent} rows were not sent; metrics.jsonl has all", file=sys.stderr
             )
 
     def _work(self) -> None:
