@@ -45,3 +45,8 @@ def test_no_mfu_above_one_hundred_per_cent_is_printed():
     assert figures.utilization(1.01, 1.2).startswith("n/a (refused")
     assert figures.utilization(0.6, 1.1) == "at least 60 % (upper end refused: above 100 %)"
     assert figures.utilization(None, 0.4) == "n/a"
+
+
+def test_values_take_one_line():
+    assert figures.written(["a\nb", 0.1, True, None, ""]) == "a\\nb, 0.1, true, —, (empty)"
+    assert figures.flatten({"a": {"b": 1}, "c": [{"d": 2}], "e": [3]}) == {"a.b": 1, "c.0.d": 2, "e": [3]}

@@ -162,7 +162,8 @@ def test_differences_are_paired_by_document_and_noise_is_called_noise(tmp_path):
     evaluate(runs[0], documents)
     evaluate(runs[1], [bits - 0.05 - 0.001 * (place % 3) for place, bits in enumerate(documents)])
     evaluate(runs[2], [bits + (0.01 if place % 2 else -0.01) for place, bits in enumerate(documents)])
-    html = page(runs, tmp_path)
+    html = page([*runs, shutil.copytree(runs[0], tmp_path / "copy")], tmp_path)
+    assert "copy and a are the same on every held-out document of python." in html
     better = re.search(r"<li>(better less a on held-out python: .*?)</li>", html).group(1)
     assert "-0.051" in better
     assert "could explain" not in better

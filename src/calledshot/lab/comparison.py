@@ -14,7 +14,7 @@ from .figures import finite, flatten
 from .tables import comparability, efficiency
 from .view import View, open_view
 
-_ALWAYS_DIFFERENT = ("command", "incarnation", "pid", "time", "started")
+_ALWAYS_DIFFERENT = ("command", "incarnation", "pid", "time", "available_bytes")
 
 
 @dataclass(frozen=True)

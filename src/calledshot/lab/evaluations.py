@@ -91,6 +91,11 @@ def differences(views: Sequence[View]) -> list[str]:
             sizes = [size for _, size in documents.values()]
             bits = [nats / math.log(2) / size for nats, size in documents.values()]
             others = [other[name][0] / math.log(2) / size for name, (_, size) in documents.items()]
+            if bits == others:
+                sentences.append(
+                    f"{view.name} and {views[0].name} are the same on every held-out document of {source}."
+                )
+                continue
             found = paired_comparison(bits, others, weights=sizes)
             low, high = found.difference.low, found.difference.high
             noise = low <= 0 <= high or found.p_value > 0.05

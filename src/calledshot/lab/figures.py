@@ -166,7 +166,7 @@ def written(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, list | tuple):
         return ", ".join(written(item) for item in value) or "none"
-    return str(value) or "(empty)"
+    return str(value).replace("\n", "\\n") or "(empty)"
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
