@@ -128,7 +128,7 @@ def interrupt_the_evaluation() -> None:
     """Ctrl-C in the third measurement, between two of its batches."""
     from calledshot.training import evaluation
 
-    measure, calls = evaluation.batch_losses, []
+    measure, calls = evaluation.batch_nats, []
 
     def measured(*arguments: object) -> object:
         calls.append(1)
@@ -136,7 +136,7 @@ def interrupt_the_evaluation() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return measure(*arguments)
 
-    evaluation.batch_losses = measured
+    evaluation.batch_nats = measured
 
 
 def test_a_measurement_that_was_interrupted_is_made_after_all(

@@ -8,7 +8,7 @@ Parameters are stored so that the last two axes are always one matrix and the ax
 
 | parameter | shape | initialised |
 |---|---|---|
-| embedding_VD | (V, D) | normal, 1 (tied: 1 / sqrt(D)) |
+| embedding_VD | (V, D) | normal, 1 (tied: D ** -0.75) |
 | blocks.N.qkv_KXCD | (K, G + 2, C, D) | normal, 1 / sqrt(D); per key head its G query heads, then key, then value |
 | blocks.N.out_DHC | (D, H * C) | zero |
 | blocks.N.gate_up_2FD | (2, F, D) | normal, 1 / sqrt(D) |
@@ -16,8 +16,8 @@ Parameters are stored so that the last two axes are always one matrix and the ax
 | head_VD, unless tied | (V, D) | zero |
 | gains | (D,) or (C,) | one |
 
-Zero at the ends of the branches and at the head makes the first logits uniform at every width and depth, and leaves the
-growth to the learning rates, which transfer (`recipe.transfer`).
+Zero at the ends of the branches and at a head of its own makes the first logits uniform at every width and depth, and
+leaves the growth to the learning rates, which transfer (`recipe.transfer`).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             kind = name.rpartition(".")[2]
             if kind == "embedding_VD":
-                scale = self.config.width**-0.5 if self.config.tied_embeddings else 1.0
+                scale = self.config.width**-0.75 if self.config.tied_embeddings else 1.0
                 parameter.normal_(0.0, scale, generator=generator)
             elif kind in ("qkv_KXCD", "gate_up_2FD"):
                 parameter.normal_(0.0, self.config.width**-0.5, generator=generator)

@@ -8,7 +8,7 @@ rate already holds at every width.
 from .schema import Recipe
 
 GROUPS = ("matrix", "embedding", "head", "vector")
-"""Matrices of the blocks; the embedding; the head; gains. A tied matrix belongs to `embedding`."""
+"""Matrices of the blocks; the embedding; the head; gains. A tied matrix belongs to `embedding`, at the head's rate."""
 
 # Relation of each group's rate at `base_width` to `optimizer.learning_rate`, where the recipe does not write one.
 # Muon's rate is the spectral size of an update, AdamW's the size of each entry: hence the distance.
@@ -34,4 +34,7 @@ def optimizer_groups(recipe: Recipe) -> dict[str, float]:
         rates["head"] *= scale
         if optimizer.name != "muon":
             rates["matrix"] *= scale
+    if recipe.model.tied_embeddings:
+        # As a head its entries are small: the embedding's own rate would overwrite it at every step.
+        rates["embedding"] = optimizer.embedding_learning_rate or rates["head"]
     return rates

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from calledshot.data import HeldOut, Tokenizer
-from calledshot.model import Decoder
-from calledshot.objective import Batch
+from calledshot.model import Decoder, batch_nats
 from calledshot.recipe import Recipe
 from calledshot.rundir import RunDirectory
 from calledshot.training.stop import Stop
@@ -27,8 +26,7 @@ def evaluate(model: Decoder, held_out: HeldOut, tokens: int, stop: Stop, micro_r
         for number, batch in enumerate(held_out.batches(source, tokens, micro_rows)):
             if stop.requested:
                 return rows
-            losses = batch_losses(model, batch)
-            nats += selection.nats_by_document(number * micro_rows, batch, losses)
+            nats += selection.nats_by_document(number * micro_rows, batch, batch_nats(model, batch))
         score = selection.score(nats)
         rows.append(
             {
@@ -43,17 +41,6 @@ def evaluate(model: Decoder, held_out: HeldOut, tokens: int, stop: Stop, micro_r
             }
         )
     return rows
-
-
-@torch.no_grad()
-def batch_losses(model: Decoder, batch: Batch) -> np.ndarray:
-    """Nats of every target of an `objective.Batch`, float32 (B, T)."""
-    device = model.embedding_VD.device
-    inputs, targets, positions, documents = (
-        torch.from_numpy(array).to(device)
-        for array in (batch.inputs.astype("int64"), batch.targets.astype("int64"), batch.positions, batch.documents)
-    )
-    return model.token_losses(inputs, targets, positions_BT=positions, documents_BT=documents).cpu().numpy()
 
 
 def write_samples(model: Decoder, tokenizer: Tokenizer, recipe: Recipe, run: RunDirectory, step: int) -> None:
