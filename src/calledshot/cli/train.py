@@ -28,9 +28,10 @@ def train(
     from calledshot.cli.progress import bar
     from calledshot.recipe import load_recipe
     from calledshot.rundir import find_lab
+
+    resolved = load_recipe(recipe, overrides)  # what is mistyped is said before torch is imported
     from calledshot.training import train as run
 
-    resolved = load_recipe(recipe, overrides)
     with bar() as progress:
         return run(
             resolved,
@@ -47,8 +48,9 @@ def resume(run: Annotated[str, Parameter(help="Name or folder of the run.")], /,
     """Go on with a run from its newest whole checkpoint, exactly as its recipe says."""
     from calledshot.cli.progress import bar
     from calledshot.rundir import find_lab, resolve_run
-    from calledshot.training import resume as go_on
 
     directory = resolve_run(run, find_lab())
+    from calledshot.training import resume as go_on
+
     with bar() as progress:
         return go_on(directory, sinks=sink or (), progress=progress)
