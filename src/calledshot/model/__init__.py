@@ -1,6 +1,24 @@
 """The trunk: layers, attention and masks, loss, cache, generation; Hugging Face in and out."""
 
 from calledshot.model.decoder import Block, Cache, Decoder
+from calledshot.model.engine import Engine, Overloaded
 from calledshot.model.evaluate import batch_nats, document_nats
+from calledshot.model.generation import Completion, Decoding, Logprob, Request, generate, stream
+from calledshot.model.sampling import Sampling
 
-__all__ = ["Block", "Cache", "Decoder", "batch_nats", "document_nats"]
+__all__ = [
+    "Block",
+    "Cache",
+    "Completion",
+    "Decoder",
+    "Decoding",
+    "Engine",
+    "Logprob",
+    "Overloaded",
+    "Request",
+    "Sampling",
+    "batch_nats",
+    "document_nats",
+    "generate",
+    "stream",
+]
