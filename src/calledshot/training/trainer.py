@@ -158,10 +158,12 @@ class Trainer:
                 break
         self.save()
         if not self.stop.requested:
-            self._evaluate(self.recipe.evals.final_tokens)
+            self._evaluate(self.recipe.evals.tokens)
+        # Apart from the curve, which stays on the same documents from the first point to the last.
+        final = [] if self.stop.requested else self._held_out(self.recipe.evals.final_tokens, "all held-out")
         outcome = "interrupted" if self.stop.requested else "done"
         if outcome == "done":
-            self._summarise(batches.packing_loss)
+            self._summarise(batches.packing_loss, final)
         self._status(outcome, steps)
         return outcome
 
@@ -370,19 +372,25 @@ class Trainer:
     def _evaluate(self, tokens: int) -> None:
         start = time.perf_counter()
         step, position = self.counters.step, self.counters.tokens
-        rows = evaluate(self.model, self.held_out, tokens, self.stop, self.micro_rows)
+        rows = self._held_out(tokens, "held-out")
         if self.stop.requested and len(rows) < len(self.held_out.sources):
             return
         for row in rows:
             self.run.writer("validation").append({"step": step, "tokens": position, **row})
-            bpb = "n/a" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-            self.console.say(f"step {step}  held-out {row['source']}  loss {row['loss']:.4f}  bits per byte {bpb}")
             for sink in self.sinks:
                 sink.send(step, {f"held_out/{row['source']}/{key}": row[key] for key in ("loss", "bits_per_byte")})
-        self.final = rows
         write_samples(self.model, self.prepared.tokenizer, self.recipe, self.run, step)
         self.run.writer("events").append({"kind": "evaluation", "step": step, "seconds": time.perf_counter() - start})
         self._probe_peak()
+
+    def _held_out(self, tokens: int, called: str) -> list[dict[str, Any]]:
+        """Held-out loss by source, said on the console."""
+        rows = evaluate(self.model, self.held_out, tokens, self.stop, self.micro_rows)
+        for row in rows:
+            bpb = "n/a" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+            place = f"step {self.counters.step}  {called} {row['source']}"
+            self.console.say(f"{place}  loss {row['loss']:.4f}  bits per byte {bpb}")
+        return rows
 
     def _status(self, outcome: Any, steps: int, message: str = "") -> None:
         self.run.set_status(
@@ -390,7 +398,7 @@ class Trainer:
             total_steps=steps, total_tokens=steps * self.recipe.batch.tokens,
         )  # fmt: skip
 
-    def _summarise(self, packing_loss: float) -> None:
+    def _summarise(self, packing_loss: float, final: list[dict[str, Any]]) -> None:
         rows = self.run.metrics()
         rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         wall = wall_seconds(self.run)
@@ -414,7 +422,7 @@ class Trainer:
                 "peak_memory_bytes": peak_memory_bytes(self.device),
                 "energy_joules": counters.energy_joules,
                 "packing_loss": packing_loss,
-                "final": {row["source"]: row for row in self.final},
+                "final": {row["source"]: row for row in final},
             },
         )  # fmt: skip
 
