@@ -3,10 +3,11 @@
     python benchmarks/training_speed.py --sizes 10M 50M --out docs/training-speed.md
     python benchmarks/training_speed.py --nanogpt ~/nanoGPT --device cuda
 
-Every contestant is a process of its own, trains the same shape on the same random tokens with the same batch, context, optimizer
-(AdamW, fused where it has one), clipping, dtype, threads and allocator, and works only when it is its turn: A B C A B C ..., with
-the matmul peak probed in between. A peer appears once for each of its settings; ratios are taken, round by round, against
-the best of them. Peers that are not installed are left out and named (pip install transformers litgpt x-transformers).
+Every contestant is a process of its own, trains the same shape on the same random tokens with the same batch, context,
+optimizer (AdamW, fused where it has one), clipping, dtype, threads and allocator, and works only when it is its turn: A
+B C A B C ..., with the matmul peak probed in between. A peer appears once for each of its settings; ratios are taken,
+round by round, against the best of them. Peers that are not installed are left out and named (pip install transformers
+litgpt x-transformers).
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def peer(size: Size, device: str, name: str, nanogpt: str) -> tuple[Callable[[],
             vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.hidden,
             num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
             max_position_embeddings=size.context, tie_word_embeddings=True, use_cache=False,
-            attn_implementation="eager" if settings.startswith("eager") else "sdpa",
         )  # fmt: skip
+        config._attn_implementation = "eager" if settings.startswith("eager") else "sdpa"
         model: Any = LlamaForCausalLM(config)
         forward = lambda m: m(input_ids=inputs).logits  # noqa: E731
     elif library == "litgpt":
@@ -304,11 +305,11 @@ def table(label: str, size: Size, rows: list[dict[str, Any]], arguments: argpars
     peers = [row for row in rows if row["name"] != "calledshot"]
     ours = next(row for row in rows if row["name"] == "calledshot")
     lines = [
-        f"**{label}**: {size.layers} layers, width {size.width}, {size.heads} heads on {size.kv_heads}, hidden {size.hidden}, "
-        f"vocabulary {size.vocabulary}, tied; {size.rows} x {size.context} tokens an update; "
+        f"**{label}**: {size.layers} layers, width {size.width}, {size.heads} heads on {size.kv_heads}, "
+        f"hidden {size.hidden}, vocabulary {size.vocabulary}, tied; {size.rows} x {size.context} tokens an update; "
         f"{arguments.rounds} rounds of {arguments.steps} steps in turn.",
         "",
-        "| | parameters | tokens/s (median) | calledshot / it, round by round | matmul peak used | peak memory | first step |",
+        "| | parameters | tokens/s (median) | calledshot / it, by round | matmul peak used | memory | first step |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda row: -row["tokens_per_second"]):
@@ -346,14 +347,15 @@ def main() -> None:
     if missing:
         print(f"left out, not installed: {'; '.join(missing)}", file=sys.stderr)
     names = [name for name in names if name not in missing]
-    from calledshot import machine
-
     import torch
 
+    from calledshot import machine
+
+    here = machine.describe()
     parts = [
         "# Training speed\n",
-        f"`python benchmarks/training_speed.py --sizes {' '.join(arguments.sizes)}`: {machine.cpu_model()}, "
-        f"{arguments.threads} threads, torch {torch.__version__}, allocator {machine.describe()['allocator']}, {arguments.device}.",
+        f"`python benchmarks/training_speed.py --sizes {' '.join(arguments.sizes)}`: {here['cpu']['model']}, "
+        f"{arguments.threads} threads, torch {torch.__version__}, allocator {here['allocator']}, {arguments.device}.",
     ]
     for label in arguments.sizes:
         parts.append(table(label, SIZES[label], race(label, SIZES[label], names, arguments), arguments))
