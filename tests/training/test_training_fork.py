@@ -74,21 +74,44 @@ def test_a_fork_does_not_need_its_parents_checkpoint_twice(lab: Path, train: Tra
     assert curve(run) == curve(reference)[30:]
 
 
-def test_a_repeated_command_finds_its_run_done(train: Train, reference: RunDirectory) -> None:
-    for command in (("duration.tokens=5120", *FROM), ("duration.tokens=5120", "--from", "reference")):
-        if command[-1] == "reference":  # its newest checkpoint, of step 60, lies behind the end
-            _, ended = train("fork-none", *command)
-            assert ended.code == 2
-            assert "is at step 60, but the recipe ends at 40" in ended.said
-            assert not (reference.path.parent / "fork-none").exists()
-            continue
-        run, ended = train("fork-repeated", *command)
-        assert ended.code == 0
-        before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-        _, ended = train("fork-repeated", *command)
-        assert ended.code == 0
-        assert "is done" in ended.complaint
-        assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+@pytest.mark.parametrize(("origin", "step"), [("reference@30", 30), ("reference", 60)])
+def test_a_repeated_command_finds_its_run_done(train: Train, reference: RunDirectory, origin: str, step: int) -> None:
+    command = ("duration.tokens=8320", "--from", origin)
+    run, ended = train(f"fork-repeated-{step}", *command)
+    assert ended.code == 0
+    assert [row["step"] for row in run.metrics()] == list(range(step + 1, 66))
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    _, ended = train(f"fork-repeated-{step}", *command)
+    assert ended.code == 0
+    assert "is done" in ended.complaint
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_a_fork_from_behind_its_own_end_leaves_nothing(lab: Path, train: Train, reference: RunDirectory) -> None:
+    _, ended = train("fork-none", "duration.tokens=5120", "--from", "reference@60")
+    assert ended.code == 2
+    assert "is at step 60, but the recipe ends at 40" in ended.said
+    assert not (lab / "runs" / "fork-none").exists()
+
+
+def test_a_lab_that_was_moved_goes_on(lab: Path, train: Train, reference: RunDirectory, tmp_path: Path) -> None:
+    command = ("duration.tokens=7680", *FROM)
+    _, ended = train("fork-moved", *command, before=functools.partial(stop_at, 44))
+    assert ended.code == 143
+    for part in ("corpus", "data", "tiny.toml", "runs/reference", "runs/fork-moved"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (lab / part).rename(tmp_path / part)
+    try:
+        ended = shot(tmp_path, "train", "tiny.toml", "--name", "fork-moved", *command)
+        assert ended.code == 0, ended.said
+        assert "data: tokens" not in ended.said, "the prepared data are found where they are now"
+        assert (
+            curve(RunDirectory(tmp_path / "runs" / "fork-moved"))
+            == curve(RunDirectory(tmp_path / "runs" / "reference"))[30:]
+        )
+    finally:
+        for part in ("corpus", "data", "tiny.toml", "runs/reference"):
+            (tmp_path / part).rename(lab / part)
 
 
 @pytest.mark.parametrize(
