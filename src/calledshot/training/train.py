@@ -22,6 +22,9 @@ from calledshot.training.sinks import Sink
 from calledshot.training.stop import Stop, Stopped
 from calledshot.training.trainer import Trainer
 
+HOUSE = Path(__file__).resolve().parent.parent
+"""The code that runs."""
+
 
 def train(
     recipe: Recipe,
@@ -87,7 +90,9 @@ def go_on(
         print(f"shot: {run.path} is done; `shot report {run.name}` shows it", file=sys.stderr)
         return 0
     with Stop() as stop:
-        prepared = _prepare(recipe, lab, stop, progress)
+        # What the run began with, if it is still there: the sources may have changed since, or the network be gone.
+        folder = lab / "data" / run.load("data").get("folder", "nothing")
+        prepared = Prepared.open(folder) if folder.is_dir() else _prepare(recipe, lab, stop, progress)
         if prepared is None:
             return stop.exit_code
         lineage = run.load("lineage")
@@ -185,7 +190,9 @@ def _incarnate(
             )
         asked, recipe = recipe, sized(recipe, prepared.tokenizer)
         dashboards = [Sink(kind, recipe, run.name, run.path) for kind in sinks]
-        run.begin_incarnation(machine.describe(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff())
+        run.begin_incarnation(
+            machine.describe() | {"world_size": 1} | commit(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff()
+        )
         console = Console(run.incarnation_path() / "logs" / "rank0.log")
         events = run.writer("events")
         events.append({"kind": "start"})
@@ -218,12 +225,20 @@ def _incarnate(
 
 def code_diff() -> str:
     """Uncommitted changes of the code that runs, as `git diff`; empty outside a repository."""
-    folder = Path(__file__).resolve().parent
+    return _git("diff", "HEAD", "--", str(HOUSE))
+
+
+def commit() -> dict[str, str]:
+    """The commit that the code is of; {} outside a repository."""
+    found = _git("log", "-1", "--format=%H", "--", str(HOUSE)).strip()
+    return {"commit": found} if found else {}
+
+
+def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "diff", "HEAD", "--", str(folder.parent)],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+            ["git", "-C", str(HOUSE), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
