@@ -45,8 +45,8 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, requests: Sequence[Request], notify: Callable[[], None]) -> list[Completion]:
-        """Take in all of these, or none. After each step that moved one of them `notify` is called, in the engine's thread,
-        and must return at once; what has come so far is in the completions.
+        """Take in all of these, or none. After each step that moved one of them `notify` is called, in the engine's
+        thread, and must return at once; what has come so far is in the completions.
 
         UsageError for a prompt that the model cannot read; Overloaded when the line is full.
         """

@@ -1,0 +1,72 @@
+"""The server process: a port, a URL, and an orderly end."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from calledshot.recipe import RunError, UsageError
+from calledshot.serving.app import Served, application
+
+PATIENCE = 10
+"""Seconds that answers in progress get once the server was asked to stop."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any that is free. RunError when it is taken, UsageError when it is none."""
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port {port}: ports go from 0 (any that is free) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UsageError(
+            f"--host {host}: {error.strerror}; 127.0.0.1 is this machine alone, 0.0.0.0 all networks"
+        ) from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise RunError(
+                f"port {port} of {host} is taken; give another with --port, or --port 0 for a free one"
+            ) from None
+        raise RunError(f"port {port} of {host}: {error.strerror}; give another with --port or --host") from None
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    """Where to reach it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn that says when it takes requests."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+def serve(served: Served, listener: socket.socket, ready: Callable[[str], None]) -> None:
+    """Answer requests until Ctrl-C or SIGTERM; `ready` is told the URL. A second signal does not wait for answers."""
+    config = uvicorn.Config(
+        application(served), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=PATIENCE
+    )
+    server = Server(config, lambda: ready(url(listener)))
+    try:
+        server.run([listener])
+    finally:
+        served.engine.close()
+        listener.close()
