@@ -36,16 +36,16 @@ def kill_and_resume(lab: Path, command: tuple[str, ...], run: Path, kills: int, 
     for number in range(kills):
         process = Shot(lab, *command)
         done = len(read_jsonl(run / "metrics.jsonl"))
-        target = done + chance.randint(1, 4)
+        target = done + chance.randint(1, 3)
         if number == 1:
             time.sleep(chance.uniform(0.0, 0.3))  # before the first step, wherever that is
         else:
             assert process.wait_for(lambda target=target: len(read_jsonl(run / "metrics.jsonl")) >= target)
-        if killed_in_save < in_saves and kills - number <= 2 * in_saves:
+        if killed_in_save < in_saves and number != 1:
             assert process.wait_for(lambda: partial_saves(run))
             time.sleep(chance.choice((0.0, 0.0, 0.002)))
         else:
-            time.sleep(chance.uniform(0.0, 0.02))
+            time.sleep(chance.uniform(0.0, 0.01))
         process.signal(signal.SIGKILL)
         assert process.end().code == -signal.SIGKILL, "it ended before it was killed"
         killed_in_save += bool(partial_saves(run))
