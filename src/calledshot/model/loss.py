@@ -8,6 +8,7 @@ only scales them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,13 +42,16 @@ def _chunk(
     return loss, z_term, gradient_NV.to(logits_NV.dtype)
 
 
-compiled_chunk: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.compile(_chunk, dynamic=False)
+@functools.cache
+def compiled_chunk() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Made on demand: asking for it imports the compiler, which takes as long as torch itself."""
+    return torch.compile(_chunk, dynamic=False)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N, weights_N, scale, softcap, z_loss, compiled):
-        chunk = compiled_chunk if compiled else _chunk
+        chunk = compiled_chunk() if compiled else _chunk
         gradient_ND = torch.empty_like(hidden_ND)
         # Sums over chunks are kept in float32: bfloat16 would lose the small ones.
         gradient_VD = torch.zeros_like(head_VD, dtype=torch.float32)
