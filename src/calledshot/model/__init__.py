@@ -3,7 +3,7 @@
 from calledshot.model.decoder import Block, Cache, Decoder
 from calledshot.model.engine import Engine, Overloaded
 from calledshot.model.evaluate import batch_nats, document_nats
-from calledshot.model.generation import Completion, Decoding, Logprob, Request, generate, stream
+from calledshot.model.generation import Completion, Decoding, Logprob, Request, generate, steps
 from calledshot.model.sampling import Sampling
 
 __all__ = [
@@ -20,5 +20,5 @@ __all__ = [
     "batch_nats",
     "document_nats",
     "generate",
-    "stream",
+    "steps",
 ]

@@ -222,30 +222,23 @@ def logprobs(logits_BV: Tensor, tokens: Sequence[int], top: int) -> list[Logprob
     return [Logprob(value, tuple(zip(*pair, strict=True))) for value, pair in zip(values, pairs, strict=True)]
 
 
+def steps(decoding: Decoding, completions: Iterable[Completion], rows: int = 32) -> Iterator[None]:
+    """Work off completions, at most `rows` at a time, and pause after each token of theirs."""
+    waiting = deque(completions)
+    while waiting or decoding.active:
+        decoding.add([waiting.popleft() for _ in range(min(len(waiting), rows - len(decoding.active)))])
+        yield
+        if decoding.active:
+            decoding.step()
+            yield
+
+
 def generate(model: Decoder, requests: Sequence[Request], *, vocabulary: int = 0, rows: int = 32) -> list[Completion]:
     """Complete all requests, at most `rows` at a time. UsageError, before any work, for a prompt that is too long."""
     decoding = Decoding(model, vocabulary)
     for request in requests:
         decoding.check(request)
     completions = [Completion(request) for request in requests]
-    waiting = deque(completions)
-    while waiting or decoding.active:
-        decoding.add([waiting.popleft() for _ in range(min(len(waiting), rows - len(decoding.active)))])
-        if decoding.active:
-            decoding.step()
+    for _ in steps(decoding, completions, rows):
+        pass
     return completions
-
-
-def stream(model: Decoder, request: Request, *, vocabulary: int = 0) -> Iterator[int]:
-    """The tokens of one completion, as they come."""
-    decoding = Decoding(model, vocabulary)
-    decoding.check(request)
-    completion = Completion(request)
-    decoding.add([completion])
-    sent = 0
-    while True:
-        yield from completion.tokens[sent:]
-        if completion.finish:
-            return
-        sent = len(completion.tokens)
-        decoding.step()

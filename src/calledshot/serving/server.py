@@ -59,12 +59,14 @@ class Server(uvicorn.Server):
         self._ready()
 
 
-def serve(served: Served, listener: socket.socket, ready: Callable[[str], None]) -> None:
-    """Answer requests until Ctrl-C or SIGTERM; `ready` is told the URL. A second signal does not wait for answers."""
+def serve(served: Served, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Answer requests until Ctrl-C or SIGTERM; `ready` is called once they are taken. A second signal does not wait for
+    answers. The engine is closed with it.
+    """
     config = uvicorn.Config(
         application(served), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=PATIENCE
     )
-    server = Server(config, lambda: ready(url(listener)))
+    server = Server(config, ready)
     try:
         server.run([listener])
     finally:
