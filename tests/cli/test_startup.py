@@ -13,12 +13,28 @@ from calledshot.cli import VERBS, command, main
 HEAVY = {"torch", "transformers", "numpy", "scipy", "tokenizers", "starlette", "jinja2", "pyarrow", "huggingface_hub"}
 
 COMMANDS = """
+chat
+data build
+data inspect
+data show
+demo
+diff
+doctor
+eval
+export
+generate
+note
 recipe check
 recipe diff
 recipe keys
 recipe list
 recipe memory
 recipe show
+report
+resume
+runs
+serve
+train
 """
 
 
