@@ -16,17 +16,17 @@ HELP = """A pretraining lab for small teams.
 Call the result, take the shot, keep it alive, report it honestly."""
 
 VERBS: tuple[tuple[str, str, str], ...] = (
+    ("demo", "calledshot.cli.demo:demo", "A small model on this interpreter's standard library, in minutes."),
+    ("doctor", "calledshot.cli.doctor:doctor", "What this machine is, what it lacks, and what would fix it."),
+    ("recipe", "calledshot.cli.recipe:app", "List, show, check, size up and compare recipes."),
+    ("data", "calledshot.cli.data:app", "Prepare data, look at what is in them, see what the model sees."),
     ("train", "calledshot.cli.train:train", "Train a recipe, or go on with the run of that name."),
     ("resume", "calledshot.cli.train:resume", "Go on with an interrupted run."),
-    ("demo", "calledshot.cli.demo:demo", "A small model on this interpreter's standard library, in minutes."),
     ("eval", "calledshot.cli.evaluate:eval_", "Loss, perplexity and bits per byte of held-out documents or any text."),
     ("generate", "calledshot.cli.use:generate", "Complete a text."),
     ("chat", "calledshot.cli.use:chat", "Talk to a model."),
     ("serve", "calledshot.cli.use:serve", "Serve a model over HTTP, as OpenAI's API has it."),
     ("export", "calledshot.cli.convert:export", "Write a run's model as a Hugging Face folder."),
-    ("recipe", "calledshot.cli.recipe:app", "List, show, check, size up and compare recipes."),
-    ("data", "calledshot.cli.data:app", "Prepare data, look at what is in them, see what the model sees."),
-    ("doctor", "calledshot.cli.doctor:doctor", "What this machine is, what it lacks, and what would fix it."),
     ("runs", "calledshot.cli.lab:runs", "The runs of this lab: state, progress, losses, speed."),
     ("diff", "calledshot.cli.lab:diff", "Two runs side by side: recipe, environment, result."),
     ("note", "calledshot.cli.lab:note", "Write a note on a run, tag it, or put it away."),
