@@ -14,6 +14,7 @@ from processes import Ended, curve, weights
 
 from calledshot.data import HeldOut, Prepared
 from calledshot.lab.view import open_view
+from calledshot.model import Request, Sampling, generate
 from calledshot.recipe import cost, load_recipe
 from calledshot.rundir import RunDirectory, parse_time
 from calledshot.training import load_model
@@ -96,23 +97,20 @@ def test_the_curve_of_held_out_loss_is_on_the_same_documents_throughout(run: Run
     assert run.load("summary")["final"]["corpus"]["tokens_evaluated"] > rows[0]["tokens_evaluated"] >= 256
 
 
-def test_samples_are_the_likeliest_continuations(run: RunDirectory) -> None:
+def test_samples_are_what_the_checkpoint_makes_of_the_prompts_with_the_recipes_seed(run: RunDirectory) -> None:
     rows = run.rows("samples")
     assert [(row["step"], row["prompt"]) for row in rows] == [
         (step, prompt) for step in range(2, 21, 2) for prompt in ("ba", "The end")
     ]
     loaded = load_model(run)
+    tokenizer = loaded.tokenizer
     for row in rows[-2:]:
-        ids = [loaded.tokenizer.begin, *loaded.tokenizer.encode(row["prompt"])]
-        made: list[int] = []
-        with torch.no_grad():
-            for _ in range(6):
-                logits = loaded.model.logits(loaded.model.hidden_states(torch.tensor([ids + made])))
-                made.append(int(logits[0, -1].argmax()))
-                if made[-1] == loaded.tokenizer.end:
-                    made.pop()
-                    break
-        assert row["text"] == loaded.tokenizer.decode(made)
+        sampling = Sampling(temperature=0.8, top_p=0.95, seed=loaded.recipe.seed)
+        ids = (tokenizer.begin, *tokenizer.encode(row["prompt"]))
+        made = generate(
+            loaded.model, [Request(ids, 6, sampling, frozenset({tokenizer.end}))], vocabulary=tokenizer.size
+        )
+        assert row["text"] == tokenizer.decode(made[0].tokens)
 
 
 def test_summary_and_status_say_how_it_ended(run: RunDirectory) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from calledshot.data import HeldOut, Tokenizer
-from calledshot.model import Decoder, batch_nats
+from calledshot.model import Decoder, Request, Sampling, batch_nats, generate
 from calledshot.recipe import Recipe
 from calledshot.rundir import RunDirectory
 from calledshot.training.stop import Stop
@@ -44,27 +43,11 @@ def evaluate(model: Decoder, held_out: HeldOut, tokens: int, stop: Stop, micro_r
 
 
 def write_samples(model: Decoder, tokenizer: Tokenizer, recipe: Recipe, run: RunDirectory, step: int) -> None:
-    """Greedy completions of the recipe's prompts, one row of samples.jsonl each."""
+    """Completions of the recipe's prompts, drawn with the recipe's seed, one row of samples.jsonl each."""
+    sampling = Sampling(temperature=0.8, top_p=0.95, seed=recipe.seed)
+    requests = []
     for prompt in recipe.evals.prompts:
-        ids = [tokenizer.begin, *tokenizer.encode(prompt)][-recipe.model.context :]
-        room = min(recipe.evals.sample_tokens, recipe.model.context - len(ids))
-        text = tokenizer.decode(complete(model, ids, room, tokenizer.end))
-        run.writer("samples").append({"step": step, "prompt": prompt, "text": text})
-
-
-@torch.no_grad()
-def complete(model: Decoder, ids: list[int], count: int, end: int) -> list[int]:
-    """The likeliest continuation, token by token, up to `count` tokens or the end token."""
-    device = model.embedding_VD.device
-    cache = model.new_cache(1, len(ids) + count)
-    tokens, position, made = torch.tensor([ids], device=device), 0, []
-    for _ in range(count):
-        positions = torch.arange(position, position + tokens.size(1), device=device)[None]
-        logits = model.logits(model.hidden_states(tokens, positions, cache=cache)[:, -1])
-        position += tokens.size(1)
-        token = int(logits.argmax(-1))
-        if token == end:
-            break
-        made.append(token)
-        tokens = torch.tensor([[token]], device=device)
-    return made
+        ids = [tokenizer.begin, *tokenizer.encode(prompt)][-recipe.model.context + 1 :]
+        requests.append(Request(tuple(ids), recipe.evals.sample_tokens, sampling, frozenset({tokenizer.end})))
+    for prompt, made in zip(recipe.evals.prompts, generate(model, requests, vocabulary=tokenizer.size), strict=True):
+        run.writer("samples").append({"step": step, "prompt": prompt, "text": tokenizer.decode(made.tokens)})
