@@ -8,12 +8,11 @@ from contextlib import contextmanager
 import openai
 import pytest
 import torch
-import uvicorn
 
 from calledshot.data import Tokenizer
 from calledshot.model import Decoder, Engine
 from calledshot.recipe import schema
-from calledshot.serving import Served, application, listen, url
+from calledshot.serving import Served, listen, url
 from calledshot.serving.server import Server
 
 CONTEXT = 100_000
@@ -45,8 +44,8 @@ def decoder(tokenizer: Tokenizer) -> Decoder:
 class Running:
     """A server in this process, with clients for it."""
 
-    def __init__(self, served: Served, address: str) -> None:
-        self.served, self.address = served, address
+    def __init__(self, served: Served, address: str, server: Server) -> None:
+        self.served, self.address, self.server = served, address, server
         self.client = openai.OpenAI(base_url=f"{address}/v1", api_key=served.api_key or "none", max_retries=0)
 
     def settle(self, seconds: float = 5.0) -> bool:
@@ -66,12 +65,12 @@ def start(decoder: Decoder, tokenizer: Tokenizer) -> Callable:
         engine = Engine(decoder, rows=rows, waiting=waiting, vocabulary=tokenizer.size)
         served = Served(engine, tokenizer, "tiny", CONTEXT, **options)
         listener, ready = listen("127.0.0.1", 0), threading.Event()
-        server = Server(uvicorn.Config(application(served), log_level="warning", lifespan="off"), ready.set)
+        server = Server(served, ready.set)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
             assert ready.wait(10)
-            yield Running(served, url(listener))
+            yield Running(served, url(listener), server)
         finally:
             engine.close()
             server.should_exit = True

@@ -336,13 +336,20 @@ def test_a_failing_step_is_told_to_its_callers_and_the_next_are_served(start, mo
         assert server.client.completions.create(model="tiny", prompt="x", max_tokens=2).usage.completion_tokens <= 2
 
 
-def test_when_the_engine_closes_open_answers_end_with_an_error(start):
-    with start() as server:
+def test_answers_that_outlast_the_server_s_patience_end_with_an_error(start, monkeypatch):
+    monkeypatch.setattr("calledshot.serving.server.PATIENCE", 0.3)
+    with start() as server, ThreadPoolExecutor(1) as pool:
         stream = server.client.completions.create(**ENDLESS, stream=True)
         next(iter(stream))
-        server.served.engine.close()
+        whole = pool.submit(server.client.completions.create, **ENDLESS)
+        until = time.monotonic() + 5
+        while server.served.engine.running < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        server.server.should_exit = True
         with pytest.raises(openai.APIError, match="stopping"):
             list(stream)
+        with pytest.raises(openai.InternalServerError, match="stopping"):
+            whole.result()
 
 
 def test_a_port_that_is_taken_is_said_in_one_line():

@@ -186,7 +186,7 @@ def load(run: str, dtype: str) -> Loaded:
 
     directory, step = resolve_checkpoint(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(machine.usable_cores())
+    torch.set_num_threads(min(torch.get_num_threads(), machine.usable_cores()))
     name = trained_dtype(directory, device) if dtype == "auto" else dtype
     return load_model(directory, step, dtype=getattr(torch, name), device=device)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import socket
 from collections.abc import Callable
 
@@ -10,6 +12,8 @@ import uvicorn
 
 from calledshot.recipe import RunError, UsageError
 from calledshot.serving.app import Served, application
+
+log = logging.getLogger("uvicorn.error")
 
 PATIENCE = 10
 """Seconds that answers in progress get once the server was asked to stop."""
@@ -48,27 +52,31 @@ def url(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says when it takes requests."""
+    """uvicorn that says when it takes requests, and ends answers that take too long with an error in their own form."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
+    def __init__(self, served: Served, ready: Callable[[], None]) -> None:
+        options = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        super().__init__(uvicorn.Config(application(served), timeout_graceful_shutdown=PATIENCE + 5, **options))
+        self._engine, self._ready = served.engine, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        answers = self._engine.running + self._engine.waiting
+        if answers:
+            log.warning("%d answers are in progress and get %d s; Ctrl-C again stops at once", answers, PATIENCE)
+        asyncio.get_running_loop().call_later(PATIENCE, self._engine.close)
+        await super().shutdown(sockets)
 
 
 def serve(served: Served, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until Ctrl-C or SIGTERM; `ready` is called once they are taken. A second signal does not wait for
     answers. The engine is closed with it.
     """
-    config = uvicorn.Config(
-        application(served), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=PATIENCE
-    )
-    server = Server(config, ready)
     try:
-        server.run([listener])
+        Server(served, ready).run([listener])
     finally:
         served.engine.close()
         listener.close()
