@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from calledshot.model import Decoder
+from calledshot.model import loss as loss_module
 from calledshot.model.attention import attend, mask_BTS, rotary
-from calledshot.model.loss import CHUNK_TOKENS, chunked_cross_entropy, token_losses
+from calledshot.model.loss import chunked_cross_entropy, token_losses
 from calledshot.objective import Batch, causal
 from calledshot.recipe import Recipe, cost, schema
 
@@ -164,10 +165,11 @@ def reference_loss(
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_chunked_cross_entropy_equals_torchs_in_float64(softcap, z_loss):
+def test_chunked_cross_entropy_equals_torchs_in_float64(softcap, z_loss, monkeypatch):
     """Value and gradients, over more than two chunks with a ragged end, with uneven weights and padding."""
     generator = torch.Generator().manual_seed(0)
-    N, D, V = 2 * CHUNK_TOKENS + 100, 24, 50
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", {"cpu": 512 * 50})
+    N, D, V = 2 * 512 + 100, 24, 50
     hidden, head = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
     targets = torch.randint(0, V, (N,), generator=generator)
     weights = torch.rand(N, generator=generator)
