@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**28}
-"""Most logits that stand in memory together, by kind of device. On a CPU 16 MiB in bfloat16: half of it is 3 % slower (the
-head's gradient is added up more often), twice as much 16 % (caches). On a GPU enough to fill it."""
+"""Most logits that stand in memory together, by kind of device. On a CPU 16 MiB in bfloat16: half of it is 3 % slower
+(the head's gradient is added up more often), twice as much 16 % (caches). On a GPU enough to fill it."""
 
 
 def chunk_tokens(head_VD: Tensor) -> int:
