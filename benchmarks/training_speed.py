@@ -207,13 +207,15 @@ def work(name: str, size: Size, device: str, threads: int, nanogpt: str) -> None
     """A contestant's process: one line of JSON for each line read, which says how many steps to do."""
     import torch
 
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some peers print
     if device == "cpu":
         torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     begun = time.perf_counter()
     step, count = calledshot(size, device) if name == "calledshot" else peer(size, device, name, nanogpt)
     first = step()
-    print(json.dumps({"parameters": count, "first": time.perf_counter() - begun, "loss": first}), flush=True)
+    print(json.dumps({"parameters": count, "first": time.perf_counter() - begun, "loss": first}), file=out, flush=True)
     for line in sys.stdin:
         times, loss = [], 0.0
         reset_peak(device)
@@ -221,7 +223,7 @@ def work(name: str, size: Size, device: str, threads: int, nanogpt: str) -> None
             start = time.perf_counter()
             loss = step()  # reading the loss waits for the device
             times.append(time.perf_counter() - start)
-        print(json.dumps({"times": times, "loss": loss, "memory": peak(device)}), flush=True)
+        print(json.dumps({"times": times, "loss": loss, "memory": peak(device)}), file=out, flush=True)
 
 
 def reset_peak(device: str) -> None:
@@ -257,30 +259,36 @@ def race(label: str, size: Size, names: list[str], arguments: argparse.Namespace
     processes: dict[str, subprocess.Popen[str]] = {}
     rows: dict[str, dict[str, Any]] = {}
     peaks: list[float] = []
+
+    def answer(name: str, process: subprocess.Popen[str]) -> dict[str, Any] | None:
+        """The next line of a contestant; one that has died is named and leaves the race."""
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        if line:
+            return json.loads(line)
+        print(f"{label} {name}: gave up: {process.stderr.read().strip().splitlines()[-1:]}", file=sys.stderr)
+        processes.pop(name, None)
+        rows.pop(name, None)
+        return None
+
     for name in names:
         command = [sys.executable, __file__, "--work", name, "--sizes", label, "--device", arguments.device]
         command += ["--threads", str(arguments.threads), "--nanogpt", arguments.nanogpt]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            assert process.stderr is not None
-            print(f"{name}: did not start: {process.stderr.read().strip().splitlines()[-1:]}", file=sys.stderr)
-            continue
-        processes[name] = process
-        rows[name] = {"name": name, **json.loads(line), "times": [], "memory": 0}
-        print(f"{label} {name}: ready after {rows[name]['first']:.0f} s", file=sys.stderr, flush=True)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        if ready := answer(name, process):
+            processes[name] = process
+            rows[name] = {"name": name, **ready, "times": [], "memory": 0}
+            print(f"{label} {name}: ready after {ready['first']:.0f} s", file=sys.stderr, flush=True)
     for number in range(arguments.rounds + 1):
-        for name, process in processes.items():
-            assert process.stdin is not None and process.stdout is not None
+        for name, process in list(processes.items()):
+            assert process.stdin is not None
             process.stdin.write(f"{arguments.steps}\n")
             process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            if number:  # the first round warms up
-                rows[name]["times"].append(statistics.median(answer["times"]))
-                rows[name]["memory"] = max(rows[name]["memory"], answer["memory"])
+            done = answer(name, process)
+            if done and number:  # the first round warms up
+                rows[name]["times"].append(statistics.median(done["times"]))
+                rows[name]["memory"] = max(rows[name]["memory"], done["memory"])
         peaks += matmul_peak("bfloat16", seconds=0.3, device=arguments.device)
     for process in processes.values():
         assert process.stdin is not None
