@@ -178,7 +178,8 @@ def test_a_distribution_wider_than_the_sorted_window_is_drawn_whole():
 def test_each_row_is_drawn_by_its_own_rule_whatever_stands_beside_it():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4 * WINDOW, generator=generator)
-    rules = [Sampling(0), Sampling(1.0), Sampling(0.5, top_p=0.99), Sampling(3.0, top_k=5), Sampling(1e-9), Sampling(0)]
+    endless = Sampling(1.0, top_k=10**40)  # more than a float32 holds: keeps all
+    rules = [Sampling(0), endless, Sampling(0.5, top_p=0.99), Sampling(3.0, top_k=5), Sampling(1e-9), Sampling(0)]
     uniforms = torch.rand(6, generator=generator).tolist()
     alone = [int(choose(logits[row : row + 1], [rules[row]], [uniforms[row]])) for row in range(6)]
     assert choose(logits, rules, uniforms).tolist() == alone
@@ -191,3 +192,33 @@ def test_each_row_is_drawn_by_its_own_rule_whatever_stands_beside_it():
 def test_rules_that_mean_nothing_are_refused(rules):
     with pytest.raises(UsageError, match=next(iter(rules))):
         Sampling(**rules)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@torch.no_grad()
+def test_packed_matrices_give_the_same_logits_and_tokens_and_leave_the_model_as_it_was(name, dtype, tolerance):
+    decoder = random_decoder(SHAPES[name]).to(dtype)
+    packed = decoder.packed()
+    assert packed is decoder or packed.embedding_VD.data_ptr() == decoder.embedding_VD.data_ptr()
+    tokens = torch.tensor(prompts([40])[0]).view(4, 10)
+    expected = decoder.logits(decoder.hidden_states(tokens))
+    torch.testing.assert_close(packed.logits(packed.hidden_states(tokens)), expected, rtol=tolerance, atol=tolerance)
+    assert all(block.packed is None for block in decoder.blocks) and decoder.packed_head is None
+    if dtype == torch.float32:
+        requests = [Request(prompt, 20, Sampling(1.0, seed=1)) for prompt in prompts([5, 30])]
+        plain, fast = (generate(model, requests) for model in (decoder, packed))
+        assert [each.tokens for each in plain] == [each.tokens for each in fast]
+
+
+def test_what_is_trained_on_is_not_what_was_packed():
+    """A packed copy is a picture of the parameters at that time."""
+    decoder = random_decoder(SHAPES["grouped"])
+    packed = decoder.packed()
+    if packed is decoder:
+        pytest.skip("matrices are not packed on this machine")
+    before = packed.logits(packed.hidden_states(torch.tensor([[1, 2]])))
+    decoder.blocks[0].out_DHC.mul_(3.0)
+    after = packed.logits(packed.hidden_states(torch.tensor([[1, 2]])))
+    assert torch.equal(before, after)
+    assert not torch.allclose(after, decoder.logits(decoder.hidden_states(torch.tensor([[1, 2]]))), atol=1e-3)

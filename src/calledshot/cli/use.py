@@ -72,7 +72,7 @@ def generate(
     requests = [Request(ids, tokens, rule, frozenset({tokenizer.end})) for rule in rules]
     streamed = count == 1 and not json
     start = time.perf_counter()
-    written = write(loaded.model, tokenizer, requests, stop, show if streamed else lambda number, text: None)
+    written = write(loaded.model.packed(), tokenizer, requests, stop, show if streamed else lambda number, text: None)
     seconds = time.perf_counter() - start
     if json:
         made = sum(one.tokens for one in written)
@@ -118,7 +118,7 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     loaded = load(run, dtype)
-    conversation = Conversation(loaded.model, loaded.tokenizer, template, tokens, sampling, stop)
+    conversation = Conversation(loaded.model.packed(), loaded.tokenizer, template, tokens, sampling, stop)
     tell(f"{loaded.run.name} at step {loaded.step:,}, context {loaded.model.config.context:,} tokens")
     if template == "plain":
         tell("This is a base model: it was never taught to answer, and goes on with what you write.")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from calledshot.model.attention import attend, attend_cached, rotary, rotate
 from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
+from calledshot.model.packing import can_pack, pack, packed_linear
 from calledshot.recipe import schema, shape
 
 
@@ -80,6 +81,7 @@ class Block(nn.Module):
         D, K, C, hidden = config.width, config.kv_heads, derived.head_width, derived.hidden
         self.groups, self.epsilon = config.heads // K, config.norm_epsilon
         self.blocked_attention = True
+        self.packed: dict[str, Tensor] | None = None
         self.attention_norm_D = nn.Parameter(torch.empty(D))
         self.qkv_KXCD = nn.Parameter(torch.empty(K, self.groups + 2, C, D))
         self.query_norm_C = nn.Parameter(torch.empty(C)) if config.qk_norm else None
@@ -100,10 +102,10 @@ class Block(nn.Module):
         """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the bias of the scores
         over them (B, T, S); without a bias the rows begin here, and see no more than themselves.
         """
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         K, X, C, _ = self.qkv_KXCD.shape
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
-        qkv_BTKXC = F.linear(h_BTD, self.qkv_KXCD.view(-1, D)).view(B, T, K, X, C)
+        qkv_BTKXC = self._linear(h_BTD, "qkv_KXCD").view(B, T, K, X, C)
         q, k, v = qkv_BTKXC.split((self.groups, 1, 1), dim=3)
         k, v = k.squeeze(3), v.squeeze(3)
         if self.query_norm_C is not None and self.key_norm_C is not None:
@@ -120,10 +122,17 @@ class Block(nn.Module):
             y = attend(q, k, v, documents_BT, blocked=self.blocked_attention)
         else:
             y = attend_cached(q, keys_BKSC, values_BKSC, bias_BTS)
-        x_BTD = x_BTD + F.linear(y.reshape(B, T, -1), self.out_DHC)
+        x_BTD = x_BTD + self._linear(y.reshape(B, T, -1), "out_DHC")
         h_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.epsilon)
-        gate_BTF, up_BTF = F.linear(h_BTD, self.gate_up_2FD.view(-1, D)).chunk(2, -1)
-        return x_BTD + F.linear(F.silu(gate_BTF) * up_BTF, self.down_DF)
+        gate_BTF, up_BTF = self._linear(h_BTD, "gate_up_2FD").chunk(2, -1)
+        return x_BTD + self._linear(F.silu(gate_BTF) * up_BTF, "down_DF")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        """`x` by a parameter, whose axes before the last are its rows."""
+        if self.packed is not None:
+            return packed_linear(x, self.packed[name])
+        weight = getattr(self, name)
+        return F.linear(x, weight.view(-1, weight.size(-1)))
 
 
 class Decoder(nn.Module):
@@ -139,6 +148,7 @@ class Decoder(nn.Module):
             None if config.tied_embeddings else nn.Parameter(torch.empty(self.derived.vocabulary, config.width))
         )
         self.compiled = False
+        self.packed_head: Tensor | None = None
 
     @property
     def head_VD(self) -> Tensor:
@@ -200,6 +210,27 @@ class Decoder(nn.Module):
         return rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
 
     @torch.no_grad()
+    def packed(self) -> Decoder:
+        """A copy for generation on x86 CPUs, which shares the parameters and holds each matrix once more, in the order
+        that oneDNN's products want; elsewhere the model itself.
+
+        Later changes of the parameters do not reach it. With one row a product takes half as long as from the
+        parameter, with 32 rows 0.8 (bfloat16) or 0.4 (float32) of its time.
+        """
+        if not can_pack(self.embedding_VD):
+            return self
+        with torch.device("meta"):
+            twin = Decoder(self.config)
+        twin.load_state_dict(self.state_dict(), assign=True)
+        twin.requires_grad_(False).eval()
+        for block, original in zip(twin.blocks, self.blocks, strict=True):
+            block.blocked_attention = original.blocked_attention
+            matrices = {name: each for name, each in block.named_parameters() if each.dim() > 1}
+            block.packed = {name: pack(each.view(-1, each.size(-1))) for name, each in matrices.items()}
+        twin.packed_head = pack(twin.head_VD)
+        return twin
+
+    @torch.no_grad()
     def activation_scales(self, tokens_BT: Tensor, positions_BT: Tensor, documents_BT: Tensor) -> dict[str, float]:
         """Root mean square of the embedding's, each block's and the last norm's output on these tokens."""
         scales: dict[str, float] = {}
@@ -217,7 +248,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (..., V) of `hidden_states`' result, float32, softcap applied."""
-        return cap(F.linear(hidden_BTD, self.head_VD).float(), self.config.softcap)
+        if self.packed_head is not None:
+            logits = packed_linear(hidden_BTD, self.packed_head)
+        else:
+            logits = F.linear(hidden_BTD, self.head_VD)
+        return cap(logits.float(), self.config.softcap)
 
     def loss(
         self,

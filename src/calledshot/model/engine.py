@@ -23,7 +23,7 @@ class Engine:
     def __init__(self, model: Decoder, *, rows: int = 16, waiting: int = 64, vocabulary: int = 0) -> None:
         """Up to `rows` completions run together, each in a row of the cache, and `waiting` more wait in line."""
         self.rows, self.most_waiting = rows, waiting
-        self._decoding = Decoding(model, vocabulary)
+        self._decoding = Decoding(model.packed(), vocabulary)
         self._waiting: deque[Completion] = deque()
         self._notify: dict[Completion, Callable[[], None]] = {}
         self._cancelled: set[Completion] = set()
