@@ -191,18 +191,16 @@ def main() -> None:
         f"allocator {here['allocator']}, {arguments.device}. Greedy, {arguments.prompt} tokens of prompt, "
         f"{arguments.tokens} new ones, {arguments.rounds} rounds in turn.",
     ]
+    print(parts[1], flush=True)
     for size in arguments.sizes:
         for kind in arguments.kinds:
             for dtype in arguments.dtypes:
                 for batch in arguments.batches:
                     title = f"{size}, {kind}, {dtype}, batch {batch}"
                     parts.append(table(title, race(size, kind, dtype, batch, arguments), batch * arguments.tokens))
-                    print(parts[-1], flush=True)
-    text = "\n\n".join(parts) + "\n"
+                    print(f"\n{parts[-1]}", flush=True)
     if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
-    else:
-        print(text)
+        arguments.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
