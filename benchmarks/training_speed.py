@@ -254,6 +254,7 @@ def available(name: str, nanogpt: str) -> bool:
 
 def race(label: str, size: Size, names: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rounds of all contestants in turn; one row each."""
+    from calledshot.cli import SPIN_COUNT
     from calledshot.machine import matmul_peak
 
     processes: dict[str, subprocess.Popen[str]] = {}
@@ -275,7 +276,8 @@ def race(label: str, size: Size, names: list[str], arguments: argparse.Namespace
         command = [sys.executable, __file__, "--work", name, "--sizes", label, "--device", arguments.device]
         command += ["--threads", str(arguments.threads), "--nanogpt", arguments.nanogpt]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}  # as `shot` sets it: for everybody
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
         if ready := answer(name, process):
             processes[name] = process
             rows[name] = {"name": name, **ready, "times": [], "memory": 0}

@@ -1,10 +1,14 @@
-"""Real data that is not part of this repository."""
+"""Real data that is not part of this repository, and threads that wait politely."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from calledshot.cli import SPIN_COUNT
+
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # as `shot` does, for tests beside whatever else the machine does
 
 
 @pytest.fixture

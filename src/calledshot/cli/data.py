@@ -75,8 +75,13 @@ def show(
         raise UsageError("shot data show: name a recipe, or a run with --run R")
     if step < 1:
         raise UsageError(f"--step {step}: steps count from 1")
+    if rows < 0:
+        raise UsageError(f"--rows {rows}: must be 0, which leaves it to the verb, or more")
     if run:
         directory = resolve_run(run)
+        last = directory.status().get("total_steps")
+        if last and step > last:
+            raise UsageError(f"--step {step}: {directory.path} ends at step {last}")
         batches = run_batches(directory, recipe_of(directory))
     else:
         loaded = load_recipe(recipe, overrides)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-PROMPTS = ("def ", "import os\n\n", "class Queue:\n")
+PROMPTS = ("def read_lines(path):\n", "class Queue:\n")
 
 
 def demo(
