@@ -64,6 +64,14 @@ def test_globs_and_exclusions(folder, tmp_path):
         one(Source(path="nowhere"), tmp_path)
 
 
+def test_links_give_no_document_twice(folder, tmp_path):
+    (folder / "a" / "up").symlink_to("..")
+    (folder / "b" / "again.txt").symlink_to("0.txt")
+    corpus = one(Source(path="texts/**/*.txt"), tmp_path)
+    assert {doc.id: doc.text for doc in documents(corpus)} == TEXTS
+    assert dict(corpus.skipped)["links to files that are here already"] > 1
+
+
 def test_python_is_the_standard_library_without_its_tests(tmp_path):
     corpus = one(Source(), tmp_path)
     names = [file.name for file in corpus.files]
@@ -134,6 +142,7 @@ def test_parquet_reads_its_columns_by_row_group(tmp_path, monkeypatch):
         ("f.jsonl.gz", b"no gzip", r"f.jsonl.gz: cannot be decompressed"),
         ("f.txt.xz", lzma.compress(b"text" * 1000)[:-30], r"f.txt.xz: cannot be decompressed"),
         ("f.txt.zst", b"no zstandard", r"f.txt.zst: cannot be decompressed"),
+        ("f.txt.zst", zstandard.compress(story(0, 100_000).encode())[:-30], r"f.txt.zst: cannot be decompressed"),
         ("f.parquet", b"PAR1 no parquet", r"f.parquet: not a Parquet file"),
     ],
 )

@@ -19,6 +19,8 @@ from calledshot.recipe import UsageError
 from calledshot.recipe.schema import Source
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
+CODED = 16 << 10
+"""Bytes of a zstandard file that are decompressed at once."""
 SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 20, 64 << 20
 """Bounds of a chunk's bytes on disk."""
 
@@ -265,5 +267,34 @@ def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
             import zstandard
         except ImportError:
             raise UsageError(f"{path}: .zst needs zstandard: pip install 'calledshot[corpora]'") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_Zstandard(raw, zstandard.ZstdDecompressor().decompressobj))
     return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """Frames of zstandard, one after the other. The library's own stream takes a frame that is cut short for the end
+    of the file."""
+
+    def __init__(self, raw: IO[bytes], begin: Callable[[], Any]) -> None:
+        self._raw, self._begin = raw, begin
+        self._frame: Any = None
+        self._coded, self._decoded = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._decoded:
+            coded = self._coded or self._raw.read(CODED)
+            if not coded:
+                if self._frame is not None:
+                    raise EOFError("Compressed file ended before the end of its last frame")
+                return 0
+            self._frame = self._frame or self._begin()
+            self._decoded, self._coded = memoryview(self._frame.decompress(coded)), b""
+            if self._frame.eof:
+                self._frame, self._coded = None, self._frame.unused_data
+        count = min(len(buffer), len(self._decoded))
+        buffer[:count] = self._decoded[:count]
+        self._decoded = self._decoded[count:]
+        return count

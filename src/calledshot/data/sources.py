@@ -93,13 +93,16 @@ def _local(source: Source, lab: Path, hashes: FileHashes) -> Corpus:
             root, paths = found, [path for path in found.rglob("*") if path.is_file()]
         else:
             root, paths = found.parent, [found]
+    # A link back up the tree makes every file appear many times, in training and held out alike.
+    once = {os.path.realpath(path): path for path in sorted(paths, key=lambda path: len(path.parts), reverse=True)}
     files = []
-    for path in paths:
+    for path in once.values():
         name = path.relative_to(root).as_posix()
         if any(part.startswith(".") for part in name.split("/")) and len(paths) > 1:
             continue
         files.append(File(str(path.absolute()), name, path.stat().st_size, _format(source, name)))
-    return _corpus(source, files, hashes)
+    skipped = (("links to files that are here already", len(paths) - len(once)),) if len(once) < len(paths) else ()
+    return _corpus(source, files, hashes, skipped)
 
 
 def _first(written: str, lab: Path) -> Path | None:
