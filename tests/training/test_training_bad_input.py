@@ -46,7 +46,9 @@ def runs(lab: Path) -> set[str]:
         (("train", "tiny.toml", "model.layrs=3"), ("model.layrs", "layers")),
         (("train", "dmo"), ("no preset 'dmo'", "demo")),
         (("train", "tiny.toml"), ("--name",)),
-        (("train", "tiny.toml", "--name", "../elsewhere"), ("--name",)),
+        (("train", "tiny.toml", "--name", "../elsewhere"), ("--name", "without /")),
+        (("train", "tiny.toml", "--name", "x@3"), ("--name", "without / and @")),
+        (("train", "tiny.toml", "--name", "x" * 300), ("--name", "at most 128 bytes")),
         (("train", "tiny.toml", "--name", "x", "model.vocabulary=300"), ("model.vocabulary", "at least")),
         (
             ("train", "tiny.toml", "--name", "x", "batch.tokens=65536", "duration.tokens=1M"),

@@ -22,6 +22,8 @@ from calledshot.training.sinks import Sink
 from calledshot.training.stop import Stop, Stopped
 from calledshot.training.trainer import Trainer
 
+LONGEST_NAME = 128
+"""Bytes of a run's name: half of what file systems take, so that files can be called after it."""
 HOUSE = Path(__file__).resolve().parent.parent
 """The code that runs."""
 
@@ -44,8 +46,13 @@ def train(
     """
     check(recipe)
     name = name or recipe.name
-    if not name or "/" in name or name.startswith("."):
-        raise UsageError(f"name = {name!r}: say what the run is to be called with --name NAME")
+    if not name:
+        raise UsageError("the recipe has no name: say what the run is to be called with --name NAME")
+    if name.startswith(".") or set("/@") & set(name) or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise UsageError(
+            f"name = {name[:80]!r}: a run is a folder, and RUN@STEP its checkpoint: choose a --name without / and @, "
+            f"with no . in front, of at most {LONGEST_NAME} bytes"
+        )
     path = lab / "runs" / name
     if is_run(path):
         existing = RunDirectory.open(path)
