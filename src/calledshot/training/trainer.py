@@ -160,7 +160,9 @@ class Trainer:
         if not self.stop.requested:
             self._evaluate(self.recipe.evals.tokens)
         # Apart from the curve, which stays on the same documents from the first point to the last.
-        final = [] if self.stop.requested else self._held_out(self.recipe.evals.final_tokens, "all held-out")
+        final_tokens = self.recipe.evals.final_tokens
+        called = "final held-out" if final_tokens else "all held-out"
+        final = [] if self.stop.requested else self._held_out(final_tokens, called)
         outcome = "interrupted" if self.stop.requested else "done"
         if outcome == "done":
             self._summarise(batches.packing_loss, final)
