@@ -92,7 +92,7 @@ def test_sources_are_addressed_by_number_and_one_past_the_end_appends():
 
 def test_a_section_as_an_inline_table_is_laid_on_the_section():
     model = load_recipe("demo", ["model={layers = 3, width = 128}"]).model
-    assert (model.layers, model.width, model.vocabulary) == (3, 128, 4096)
+    assert (model.layers, model.width, model.vocabulary) == (3, 128, load_recipe("demo").model.vocabulary)
 
 
 def test_extends_lays_one_file_on_another_and_a_file_replaces_the_sources_as_a_whole(tmp_path):
@@ -106,7 +106,7 @@ def test_extends_lays_one_file_on_another_and_a_file_replaces_the_sources_as_a_w
     recipe = load_recipe(top, ["model.heads=2"])
     assert (recipe.model.layers, recipe.model.width, recipe.model.heads) == (3, 128, 2)
     assert recipe.optimizer.clip == 0.5
-    assert recipe.model.vocabulary == 4096
+    assert recipe.model.vocabulary == load_recipe("demo").model.vocabulary
     assert [source.path for source in recipe.data.sources] == ["x.txt", "y"]
 
 
@@ -180,6 +180,7 @@ def test_a_wrong_override_says_what_it_could_have_been(override, named):
         (["duration.minutes=0"], "duration", "tokens, flops and minutes"),
         (["duration.tokens=100"], "batch.tokens", "train longer"),
         (["parallel.micro_tokens=3000"], "parallel.micro_tokens", "take 2048"),
+        (["parallel.threads=100000"], "parallel.threads", "0 takes the cores"),
         (["schedule.decay=99%"], "schedule.warmup", "lower one"),
         (["schedule.kind=linear"], "schedule.kind", "wsd or cosine or constant"),
         (["optimizer.name=adam"], "optimizer.name", "muon, adamw or FILE.py:CLASS"),

@@ -33,6 +33,8 @@ CHOICES = {
 }
 FORMATS = ("auto", "text", "jsonl", "parquet")
 LARGEST_SEED = 2**63
+MOST_THREADS = 1024
+"""More than any machine has use for; far more make torch crash."""
 
 
 def check(recipe: Recipe, where: str = "recipe") -> None:
@@ -73,6 +75,8 @@ def ranges(recipe: Recipe) -> Iterator[str]:
     name = recipe.optimizer.name
     if name not in ("muon", "adamw") and ".py:" not in name:
         yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"
+    if recipe.parallel.threads > MOST_THREADS:
+        yield f"parallel.threads = {recipe.parallel.threads} is more than {MOST_THREADS}; 0 takes the cores there are"
     if not 0 <= recipe.seed < LARGEST_SEED:
         yield f"seed = {recipe.seed} must be at least 0 and less than 2^63"
 

@@ -61,7 +61,7 @@ class Data:
     held_out: float = 0.05
     """Share of whole documents held out of training, chosen by a hash of their ids."""
     skip: tuple[int, ...] = ()
-    """Steps whose batches are left out (the following ones move up)."""
+    """Batches, counted from 0, that are left out (the following ones move up); `shot data show` says a step's."""
 
 
 @dataclass(frozen=True)
