@@ -178,7 +178,7 @@ def test_a_distribution_wider_than_the_sorted_window_is_drawn_whole():
 def test_each_row_is_drawn_by_its_own_rule_whatever_stands_beside_it():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4 * WINDOW, generator=generator)
-    endless = Sampling(1.0, top_k=10**40)  # more than a float32 holds: keeps all
+    endless = Sampling(1.0, top_k=10**400)  # more than a float holds: keeps all
     rules = [Sampling(0), endless, Sampling(0.5, top_p=0.99), Sampling(3.0, top_k=5), Sampling(1e-9), Sampling(0)]
     uniforms = torch.rand(6, generator=generator).tolist()
     alone = [int(choose(logits[row : row + 1], [rules[row]], [uniforms[row]])) for row in range(6)]

@@ -29,6 +29,11 @@ def test_pieces_make_the_texts_and_a_stop_string_ends_one_without_the_others(dec
     assert cut[1].finish == "stop" and cut[1].tokens < written[1].tokens
 
 
+def test_an_empty_stop_string_is_refused(decoder, tokenizer):
+    with pytest.raises(UsageError, match="--stop"):
+        write(decoder, tokenizer, [Request((tokenizer.begin,), 4)], [""])
+
+
 def conversation(decoder, tokenizer, **options) -> Conversation:
     return Conversation(decoder, tokenizer, "plain", **{"tokens": 10, "sampling": Sampling(0), **options})
 

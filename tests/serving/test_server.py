@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import logging
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -186,6 +188,17 @@ def test_a_caller_who_leaves_frees_the_row(start, streamed):
         assert server.client.completions.create(model="tiny", prompt="x", max_tokens=3).usage.completion_tokens == 3
 
 
+def test_a_caller_who_leaves_in_the_middle_of_the_body_is_no_fault_of_the_server(start, caplog, monkeypatch):
+    with start() as server:
+        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        server.client.models.list()
+        time.sleep(0.2)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_a_stop_string_frees_the_row_of_its_choice(start):
     with start(rows=2) as server:
         text = server.client.completions.create(**{**ENDLESS, "max_tokens": 20}).choices[0].text
@@ -224,6 +237,7 @@ WRONG = {
     "ids out of range": ({"prompt": [10**30]}, 400, "prompt"),
     "negative ids": ({"prompt": [[-1]]}, 400, "prompt"),
     "temperature": ({"temperature": 3}, 400, "temperature"),
+    "temperature beyond floats": ({"temperature": 10**400}, 400, "temperature"),
     "temperature as text": ({"temperature": "hot"}, 400, "temperature"),
     "top_p": ({"top_p": 1.5}, 400, "top_p"),
     "n": ({"n": 65}, 400, "n"),

@@ -106,7 +106,7 @@ def _drawn(logits_RV: Tensor, rules: Sequence[Sampling], uniforms_R1: Tensor) ->
 def _drawn_truncated(logits_RV: Tensor, rules: Sequence[Sampling], uniforms_R1: Tensor) -> Tensor:
     vocabulary = logits_RV.size(1)
     probabilities_RV = _probabilities(logits_RV, rules)
-    top_k_R1 = _column([rule.top_k or vocabulary for rule in rules], logits_RV)
+    top_k_R1 = _column([min(rule.top_k or vocabulary, vocabulary) for rule in rules], logits_RV)
     top_p_R1 = _column([rule.top_p for rule in rules], logits_RV)
     min_p_R1 = _column([rule.min_p for rule in rules], logits_RV)
 

@@ -10,13 +10,14 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
 from calledshot.serving import asked, body
 from calledshot.serving.asked import Asked
-from calledshot.serving.call import Call, Served, Streamed, answer
+from calledshot.serving.call import CLIENT_CLOSED_REQUEST, Call, Served, Streamed, answer
 from calledshot.serving.errors import ApiError
 from calledshot.serving.forms import ChatForm, Form, PlainForm
 
@@ -75,6 +76,8 @@ class Api:
                 return await endpoint(request)
             except ApiError as error:
                 return refuse(error)
+            except ClientDisconnect:  # in the middle of its body
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
 
         return guarded_endpoint
 

@@ -60,9 +60,9 @@ class Body:
         value = self.value(name)
         if value is None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(_within(name, value, low, high)):
             wrong(name, "must be a number")
-        return float(_within(name, value, low, high))
+        return float(value)
 
     def strings(self, name: str, most: int) -> list[str]:
         """A string or a list of up to `most`, none of them empty."""

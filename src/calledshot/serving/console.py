@@ -30,6 +30,8 @@ def write(
     show: Callable[[int, str], None] = lambda number, text: None,
 ) -> list[Written]:
     """Complete requests together. `show` gets each one's text piece by piece, with its number, as it comes."""
+    if "" in stop:
+        raise UsageError("--stop '': an empty text would end everything before it begins")
     decoding = Decoding(model, tokenizer.size)
     for request in requests:
         decoding.check(request)
