@@ -100,6 +100,7 @@ def test_show_prints_what_the_model_reads(lab, capsys):
         [o.document for o in row] for row in origins
     ]
     assert "steps count from 1" in run(capsys, "show", "r.toml", "--step", "0", code=2).err
+    assert "--rows -1" in run(capsys, "show", "r.toml", "--rows", "-1", code=2).err
 
 
 def test_show_run_names_the_documents_under_a_spike(lab, capsys):
@@ -117,3 +118,5 @@ def test_show_run_names_the_documents_under_a_spike(lab, capsys):
     assert expected and all(origin.document in out for origin in expected)
     assert "data.skip = [2]" in out
     assert "there is no run 'none'" in run(capsys, "show", "--run", "none", code=2).err
+    made.set_status(state="done", step=100, total_steps=100)
+    assert "ends at step 100" in run(capsys, "show", "--run", "spiky", "--step", "101", code=2).err

@@ -62,6 +62,7 @@ def test_any_text_can_be_scored(random_run, capsys, tmp_path):
         (["randm"], "did you mean 'random'"),
         (["random@3"], "no complete checkpoint of step 3"),
         (["random", "--source", "poems"], "there are prose, notes"),
+        (["random", "--tokens", "-4"], "--tokens -4"),
         (["random", "--text", "absent.txt"], "absent.txt: cannot be read"),
     ],
 )

@@ -87,6 +87,8 @@ def evaluate(
     `tokens` bounds what is read of each source (0 reads all). `dtype` is `float32`, `bfloat16` or `auto`: what the run
     was trained in, so that the numbers are those of its own last measurement.
     """
+    if tokens < 0:
+        raise UsageError(f"--tokens {tokens}: must be 0, which reads all, or more")
     if with_compressors and (tokens or texts or split != "held-out"):
         raise UsageError("--compressors reads all held-out documents: leave out --tokens, --text and --split")
     read = read_texts(texts)
