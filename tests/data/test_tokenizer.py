@@ -136,6 +136,7 @@ def test_a_tokenizer_without_bytes_works_too(tmp_path):
     theirs.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer.load(tmp_path)
     assert ours.encoder == "tokenizers" and ours.decode(ours.encode("the cat")) == "the cat"
+    assert not ours.lossless and Tokenizer.train(TEXTS, 600).lossless
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Scores of whole documents against each document read alone by plain PyTorch."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from calledshot.data import HeldOut, Tokenizer
-from calledshot.evals import compare, evaluate, prepared_data, score_prepared, score_texts
+from calledshot.evals import Scored, compare, evaluate, prepared_data, score_prepared, score_texts
 from calledshot.evals.scoring import read_texts
 from calledshot.recipe import RunError, UsageError
 from calledshot.training import Loaded, load_model
@@ -151,3 +152,13 @@ def test_weights_that_are_not_finite_are_told(make_run):
     run = make_run("broken", lambda decoder: [p.data.fill_(math.nan) for p in decoder.parameters()])
     with pytest.raises(RunError, match="the loss is not finite"):
         evaluate(run)
+
+
+def test_bits_per_byte_are_not_known_where_the_tokenizer_loses_text():
+    sizes = np.array([10, 20])
+    kept = Scored("s", ("a", "b"), ("und", "und"), np.array([5.0, 9.0]), np.array([4, 8]), sizes)
+    lost = replace(kept, lossless=False)
+    assert math.isfinite(kept.measure().bits_per_byte.value) and math.isnan(lost.measure().bits_per_byte.value)
+    assert lost.measure().record()["bits_per_byte"] is None
+    assert lost.measure().loss == kept.measure().loss
+    assert compare(kept, kept) is not None and compare(kept, lost) is None

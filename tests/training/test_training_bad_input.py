@@ -230,3 +230,12 @@ def pause_at(step: int) -> None:
                 time.sleep(0.01)
 
     Trainer._record = recorded
+
+
+def test_a_run_that_memory_cannot_hold_is_refused_before_it_is_tried(lab: Path) -> None:
+    """A mask of 2^20 positions squared; no machine of today has it."""
+    for layers, context, words in ((2, 2**20, "lower parallel.micro_tokens, model.context"), (10**20, 32, "more than")):
+        ended = shot(lab, "train", "tiny.toml", f"model.context={context}", f"model.layers={layers}", "--name", "huge",
+                     f"batch.tokens={context}", f"duration.tokens={context}")  # fmt: skip
+        assert ended.code == 2 and words in ended.complaint, ended.said
+        assert not (lab / "runs" / "huge").exists()

@@ -92,9 +92,10 @@ def line(run: str, source: str, measure: Measure, against: str = "") -> tuple[st
     """One row of the table."""
     bits = measure.bits_per_byte
     known = math.isfinite(bits.half_width)
+    shown = "n/a" if math.isnan(bits.value) else f"{bits.value:.3f}"
     return (
         run, source, f"{measure.documents:,}", f"{measure.tokens:,}", f"{measure.bytes_per_token:.2f}",
-        f"{measure.loss.value:.3f}", f"{measure.perplexity:,.2f}", f"{bits.value:.3f}",
+        f"{measure.loss.value:.3f}", f"{measure.perplexity:,.2f}", shown,
         f"[{bits.low:.3f}, {bits.high:.3f}]" if known else "", against,
     )  # fmt: skip
 

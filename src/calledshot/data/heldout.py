@@ -28,6 +28,8 @@ class Score:
     bytes: int
     """UTF-8 bytes of the documents' texts."""
     documents: int
+    lossless: bool = True
+    """Whether the tokens give the bytes back."""
 
     @property
     def loss(self) -> float:
@@ -36,8 +38,9 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Independent of the tokenizer, since the same bytes are divided by; the end tokens' nats are in it."""
-        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+        """Independent of the tokenizer, since the same bytes are divided by; the end tokens' nats are in it. NaN where
+        the tokenizer loses text."""
+        return self.nats / math.log(2) / self.bytes if self.bytes and self.lossless else math.nan
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Selection:
     """(D,) int64 ids of each document, begin and end included; one less are targets."""
     places: np.ndarray
     """(D, 2) int64: shard of each document and the offset of its first id there."""
+    lossless: bool = True
+    """Whether the tokenizer gives texts back as they were."""
 
     @property
     def rows(self) -> int:
@@ -86,7 +91,7 @@ class Selection:
 
     def score(self, nats: np.ndarray) -> Score:
         """All documents together; `nats` (D,)."""
-        return Score(float(nats.sum()), self.tokens, int(self.bytes.sum()), len(self.ids))
+        return Score(float(nats.sum()), self.tokens, int(self.bytes.sum()), len(self.ids), self.lossless)
 
     def score_by_language(self, nats: np.ndarray) -> dict[str, Score]:
         """One score a language, most bytes first."""
@@ -95,7 +100,9 @@ class Selection:
         for language in dict.fromkeys(self.languages):
             mine = languages == language
             tokens = int(self.ids[mine].sum() - mine.sum())
-            scores[language] = Score(float(nats[mine].sum()), tokens, int(self.bytes[mine].sum()), int(mine.sum()))
+            scores[language] = Score(
+                float(nats[mine].sum()), tokens, int(self.bytes[mine].sum()), int(mine.sum()), self.lossless
+            )
         return dict(sorted(scores.items(), key=lambda item: -item[1].bytes))
 
 
@@ -145,6 +152,7 @@ class HeldOut:
             np.concatenate([index["bytes"] for index in indexes])[chosen],
             ids[chosen],
             np.stack([numbers[chosen], starts[chosen]], axis=1),
+            self.prepared.tokenizer.lossless,
         )
 
     def batches(self, source: str, tokens: int = 0, rows: int = 0) -> Iterator[Batch]:

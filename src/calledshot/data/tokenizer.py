@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,6 +93,12 @@ class Tokenizer:
     def encoder(self) -> str:
         """Which library encodes: `tiktoken` or `tokenizers`."""
         return "tokenizers" if self._fast is None else "tiktoken"
+
+    @functools.cached_property
+    def lossless(self) -> bool:
+        """Whether texts come back as they were, as far as PROBES show. Where they do not (unknown words, lower case,
+        normalisation), fewer bits are needed than the bytes hold, and bits per byte would flatter."""
+        return all(self.decode_bytes(self.encode(text)) == well_formed(text).encode() for text in PROBES)
 
     @classmethod
     def load(cls, path: Path | str, encoder: str = "auto") -> Tokenizer:

@@ -114,8 +114,9 @@ def trained_dtype(run: RunDirectory, device: str) -> str:
 
 
 def compare(a: Scored, b: Scored) -> Comparison | None:
-    """Bits per byte of `a` less those of `b`, paired by document; None where these are not the same documents."""
-    if a.names != b.names or not np.array_equal(a.bytes, b.bytes):
+    """Bits per byte of `a` less those of `b`, paired by document; None where these are not the same documents, or where
+    a tokenizer loses text."""
+    if not (a.lossless and b.lossless) or a.names != b.names or not np.array_equal(a.bytes, b.bytes):
         return None
     bits_a, bits_b = (one.nats / np.log(2) / one.bytes for one in (a, b))
     return paired_comparison(bits_a, bits_b, weights=a.bytes)

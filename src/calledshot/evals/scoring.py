@@ -64,7 +64,7 @@ class Measure:
         }
         for name, interval in (("loss", self.loss), ("bits_per_byte", self.bits_per_byte)):
             ends = {"low": interval.low, "high": interval.high}
-            record[name] = interval.value
+            record[name] = interval.value if math.isfinite(interval.value) else None
             record |= {f"{name}_{end}": value if math.isfinite(value) else None for end, value in ends.items()}
         return record
 
@@ -82,13 +82,15 @@ class Scored:
     """(D,) int64 targets."""
     bytes: np.ndarray
     """(D,) int64 bytes of text."""
+    lossless: bool = True
+    """Whether the tokenizer gives texts back as they were; bits per byte are not known otherwise."""
 
     def measure(self, language: str | None = None) -> Measure:
         """All documents, or those of one language."""
         mine = np.array([language in (None, one) for one in self.languages])
         nats, tokens, size = self.nats[mine], self.tokens[mine], self.bytes[mine]
-        bits = nats / math.log(2)
-        return Measure(int(mine.sum()), int(tokens.sum()), int(size.sum()), _ratio(nats, tokens), _ratio(bits, size))
+        bits = _ratio(nats / math.log(2), size) if self.lossless else Interval(math.nan, -math.inf, math.inf)
+        return Measure(int(mine.sum()), int(tokens.sum()), int(size.sum()), _ratio(nats, tokens), bits)
 
     def by_language(self) -> dict[str, Measure]:
         """A measure for each language, most bytes first; {} where there is only one."""
@@ -171,6 +173,7 @@ def score_texts(loaded: Loaded, texts: dict[str, str], progress: Progress | None
         bytes=np.array([len(text.encode()) for text in texts.values()], np.int64),
         ids=ids,
         places=np.zeros((len(ids), 2), np.int64),
+        lossless=tokenizer.lossless,
     )
     batches = _batches(selection, documents, tokenizer, context, _rows(loaded.model))
     return _score(loaded.model, selection, batches, progress)
@@ -202,7 +205,8 @@ def _score(model: Decoder, selection: Selection, batches: Iterator[Batch], progr
             f"{selection.source}: the loss is not finite; the weights or the dtype overflow (try --dtype float32)"
         )
     return Scored(
-        selection.source, selection.names, selection.languages, nats, selection.ids - 1, selection.bytes
+        selection.source, selection.names, selection.languages, nats, selection.ids - 1, selection.bytes,
+        selection.lossless,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ CHOICES = {
 FORMATS = ("auto", "text", "jsonl", "parquet")
 LARGEST_SEED = 2**63
 MOST_THREADS = 1024
+MOST_LAYERS = 10_000
 """More than any machine has use for; far more make torch crash."""
 
 
@@ -75,6 +76,8 @@ def ranges(recipe: Recipe) -> Iterator[str]:
     name = recipe.optimizer.name
     if name not in ("muon", "adamw") and ".py:" not in name:
         yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"
+    if recipe.model.layers > MOST_LAYERS:
+        yield f"model.layers = {recipe.model.layers} is more than {MOST_LAYERS}"
     if recipe.parallel.threads > MOST_THREADS:
         yield f"parallel.threads = {recipe.parallel.threads} is more than {MOST_THREADS}; 0 takes the cores there are"
     if not 0 <= recipe.seed < LARGEST_SEED:

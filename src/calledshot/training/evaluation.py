@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def evaluate(model: Decoder, held_out: HeldOut, tokens: int, stop: Stop, micro_r
             {
                 "source": source,
                 "loss": score.loss,
-                "bits_per_byte": score.bits_per_byte if score.bytes else None,
+                "bits_per_byte": None if math.isnan(score.bits_per_byte) else score.bits_per_byte,
                 "bytes_per_token": score.bytes / score.tokens if score.tokens else None,
                 "tokens_evaluated": score.tokens,
                 "bytes_evaluated": score.bytes,

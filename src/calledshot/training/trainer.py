@@ -17,6 +17,8 @@ from calledshot.data import Batches, HeldOut, Prepared
 from calledshot.model import Decoder
 from calledshot.objective import Batch
 from calledshot.recipe import Recipe, RunError, UsageError, cost
+from calledshot.recipe.cost import activation_bytes
+from calledshot.recipe.units import show_bytes
 from calledshot.rundir import RunDirectory, parse_time
 from calledshot.training import probe, state
 from calledshot.training.console import Console, quantity, step_line
@@ -59,6 +61,7 @@ class Trainer:
         self.machine = probe.choose(recipe, run, self.device)
         self.micro_rows = self.machine.micro_tokens // recipe.model.context
         self.cost = cost(recipe)
+        self._refuse_what_cannot_fit()
         self.counters = state.Counters()
         self.saved: int | None = None
         """Step of this run's checkpoint that was last written or taken."""
@@ -68,6 +71,25 @@ class Trainer:
         self.meter, self.energy_before = EnergyMeter(self.device), 0.0
         self.held_out = HeldOut(prepared, recipe)
         self._build()
+
+    def _refuse_what_cannot_fit(self) -> None:
+        """UsageError before memory runs out, by arithmetic: an estimate that counts too little refuses too little."""
+        there = machine.describe()["memory"]
+        has = [size for size in (there["total_bytes"], there["limit_bytes"]) if size]
+        if self.device.type == "cuda":
+            has = [torch.cuda.get_device_properties(self.device).total_memory]
+        model = self.recipe.model
+        width = 2 if self.machine.dtype == "bfloat16" else 4
+        activations = activation_bytes(self.cost.shape, self.machine.micro_tokens, width)
+        # The mask of a pass stands whole on a CPU, as booleans and in the matmuls' type.
+        mask = (1 + width) * self.micro_rows * model.context**2 if self.device.type == "cpu" else 0
+        needs = self.cost.bytes.fixed + activations + mask
+        if has and needs > min(has):
+            raise UsageError(
+                f"model and optimizer need {show_bytes(self.cost.bytes.fixed)} and a pass over "
+                f"{self.machine.micro_tokens:,} tokens at least {show_bytes(activations + mask)}, and there are "
+                f"{show_bytes(min(has))}: lower parallel.micro_tokens, model.context or model.width"
+            )
 
     def _build(self) -> None:
         """A freshly initialised model with its masters and optimizer."""
@@ -421,7 +443,8 @@ class Trainer:
                 "tokens_per_second": median,
                 "goodput": own_tokens / wall / median if median and wall else None,
                 "mfu": mfu_summary(self.run),
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                # The rows are of every incarnation, and the kernel's own maximum may lag behind what it said before.
+                "peak_memory_bytes": max(peak_memory_bytes(self.device), *(row["memory_bytes"] for row in rows)),
                 "energy_joules": counters.energy_joules,
                 "packing_loss": packing_loss,
                 "final": {row["source"]: row for row in final},
