@@ -160,6 +160,11 @@ class Trainer:
         every = self.recipe.evals.every_steps or max(1, steps // 10)
         if 0 < self.counters.step < steps and self.counters.step % every == 0 and not self._evaluated():
             self._evaluate(self.recipe.evals.tokens)
+        for source in self.prepared.sources:
+            if source.name not in self.held_out.sources:
+                self.console.say(
+                    f"{source.name}: a single document, so nothing is held out and no held-out loss is known"
+                )
         saved_at = time.monotonic()
         beat = 0.0
         for number, batch in batches.prefetch(self.counters.step, steps):
