@@ -203,7 +203,8 @@ class Evals:
     """What is measured during the run; may change on the way."""
 
     every_steps: int = 0
-    """Held-out loss each so many steps; 0 takes a tenth of the run. The last step is always measured."""
+    """Held-out loss each so many steps; 0 takes a tenth of the run, less often where minutes are few. The last step is
+    always measured."""
     tokens: int = 65_536
     """Held-out tokens a source for each measurement during the run."""
     final_tokens: int = 0

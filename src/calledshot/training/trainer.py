@@ -35,6 +35,8 @@ WARMUP_STEPS = 3
 """First steps of an incarnation that no rate is taken from."""
 HEARTBEAT_SECONDS = 5.0
 PROBE_SECONDS = 6.0
+EVALUATION_SHARE = 0.1
+"""Share of the minutes asked for that held-out loss during the run may take."""
 PEAK_SECONDS = 60.0
 """Between two probes of the matmul peak, each of which takes about a second."""
 SMOOTHING = 20
@@ -157,7 +159,8 @@ class Trainer:
             )
         skips = sorted({int(row["step"]) for row in self.run.rows("skips") if "step" in row})
         batches = Batches(self.prepared, self.recipe, steps=steps, skips=skips)
-        every = self.recipe.evals.every_steps or max(1, steps // 10)
+        probed = self.run.load("probes").get("evaluate_every_steps")
+        every = self.recipe.evals.every_steps or probed or max(1, steps // 10)
         if 0 < self.counters.step < steps and self.counters.step % every == 0 and not self._evaluated():
             self._evaluate(self.recipe.evals.tokens)
         for source in self.prepared.sources:
@@ -209,18 +212,18 @@ class Trainer:
             seconds = self._measure()
             spent = time.monotonic() - self.started
             tokens_per_second = self.recipe.batch.tokens / seconds
-            settings = self.recipe.evals
-            held_out = sum(
-                9 * self.held_out.select(source, settings.tokens).tokens
-                + self.held_out.select(source, settings.final_tokens).tokens
-                for source in self.held_out.sources
+            settings, budget = self.recipe.evals, self.recipe.duration.minutes * 60
+            # Held-out loss is a forward pass, a third of the work, but not compiled: measured, about training's speed.
+            curve, final = (
+                sum(self.held_out.select(source, tokens).tokens for source in self.held_out.sources) / tokens_per_second
+                for tokens in (settings.tokens, settings.final_tokens)
             )
-            # Held-out loss is a forward pass, a third of the work, and not compiled: about twice the training's speed.
-            evaluation = held_out / (2.0 * tokens_per_second)
-            left = max(self.recipe.duration.minutes * 60 - spent - evaluation, 0.1 * self.recipe.duration.minutes * 60)
+            evaluations = min(9, int(EVALUATION_SHARE * budget / curve)) if curve else 9
+            left = max(budget - spent - (evaluations + 1) * curve - final, 0.1 * budget)
             probes = self.run.load("probes")
             steps = max(10, round(left / seconds))
             probes |= {"steps": self.counters.step + steps, "tokens_per_second": tokens_per_second}
+            probes["evaluate_every_steps"] = max(1, steps // (evaluations + 1))
             self.run.save("probes", probes)
             self.console.say(
                 f"{self.recipe.duration.minutes:g} minutes at {tokens_per_second:,.0f} tok/s: "
