@@ -304,6 +304,7 @@ def race(label: str, size: Size, names: list[str], arguments: argparse.Namespace
 
 
 def table(label: str, size: Size, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+    from calledshot.machine import mfu_range
     from calledshot.recipe import Recipe, cost, schema
 
     model = schema.Model(
@@ -324,10 +325,11 @@ def table(label: str, size: Size, rows: list[dict[str, Any]], arguments: argpars
     ]
     for row in sorted(rows, key=lambda row: -row["tokens_per_second"]):
         ratios = sorted(theirs / mine for mine, theirs in zip(ours["times"], row["times"], strict=True))
-        share = [row["tokens_per_second"] * flops / end for end in reversed(row["peaks"])]
+        low, high, _ = mfu_range(row["tokens_per_second"] * flops, row["peaks"])
+        share = "-".join("n/a" if end is None else f"{end:.0%}" for end in (low, high))
         lines.append(
             f"| {row['name']} | {row['parameters'] / 1e6:.2f}M | {row['tokens_per_second']:,.0f} | "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | {share[0]:.0%}-{share[1]:.0%} | "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | {share} | "
             f"{row['memory'] / 2**20:,.0f} MiB | {row['first']:.0f} s |"
         )
     if peers:
