@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,15 +132,15 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class Part:
+class Part(ABC):
     """An optimizer over some of the slots."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
 
+    @abstractmethod
     def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
         """Update `number` (from 1) at a learning rate by group; the updates' squared norms by name."""
-        raise NotImplementedError
 
 
 class AdamW(Part):
