@@ -38,7 +38,8 @@ MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.
 """What the operating system refuses for reasons that are no bug of ours, told in one line."""
 SPIN_COUNT = "20000"
 """How long a thread of libgomp waits awake for the others. Its own default lasts for whole time slices, so that on a
-machine that does anything else besides, a training step takes 2 to 4 times as long; this costs an idle one 3 to 10 %."""
+machine that does anything else besides, a training step takes 2 to 4 times as long; this costs an idle one 3 to 10
+%."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
