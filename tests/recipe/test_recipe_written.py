@@ -32,7 +32,14 @@ data.sources.N.modality data.sources.N.exclude data.phases.N.start data.phases.N
 data.skip
 model.layers model.width model.heads model.kv_heads model.head_width model.hidden model.vocabulary model.context
 model.tied_embeddings model.qk_norm model.rope_base model.softcap model.norm_epsilon
-objective.kind objective.z_loss
+model.topology model.encoder_layers model.encoder_width model.encoder_hidden model.encoder_context
+model.encoder_pooling model.positions model.rope_scaling model.rope_factor model.rope_original_context
+model.norm model.norm_placement model.feed_forward
+model.experts model.top_k model.expert_hidden model.shared_expert_hidden model.dense_layers model.router
+model.renormalize model.balance model.balance_weight model.router_z_loss model.exportable_to
+objective.kind objective.rate objective.mean_span objective.mode_tokens objective.z_loss
+objective.denoisers.N.kind objective.denoisers.N.weight objective.denoisers.N.rate objective.denoisers.N.mean_span
+objective.denoisers.N.roll objective.denoisers.N.mode
 optimizer.name optimizer.learning_rate optimizer.embedding_learning_rate optimizer.head_learning_rate
 optimizer.vector_learning_rate optimizer.weight_decay optimizer.momentum optimizer.beta1 optimizer.beta2
 optimizer.epsilon optimizer.clip optimizer.transfer optimizer.base_width

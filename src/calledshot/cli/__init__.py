@@ -36,10 +36,10 @@ VERBS: tuple[tuple[str, str, str], ...] = (
 
 MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """What the operating system refuses for reasons that are no bug of ours, told in one line."""
-SPIN_COUNT = "20000"
-"""How long a thread of libgomp waits awake for the others. Its own default lasts for whole time slices, so that on a
-machine that does anything else besides, a training step takes 2 to 4 times as long; this costs an idle one 3 to 10
-%."""
+SPIN_COUNT = "1000"
+"""How long a thread of libgomp waits awake for the others. Its own default lasts long enough to hold up, on a machine
+that does anything else besides, the thread that has the work: a training step beside one busy process takes 1.5 times
+as long with it. On an idle machine there is no difference (docs/notebook.md)."""
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 

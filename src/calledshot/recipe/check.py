@@ -8,13 +8,17 @@ from .errors import UsageError
 from .schema import Data, Model, Recipe
 
 POSITIVE = {
-    "model": ("layers", "width", "heads", "kv_heads", "context", "rope_base", "norm_epsilon"),
+    "model": ("layers", "width", "heads", "kv_heads", "context", "rope_base", "norm_epsilon", "top_k", "rope_factor"),
     "optimizer": ("learning_rate", "epsilon", "base_width"),
     "batch": ("tokens",),
     "evals": ("tokens", "sample_tokens"),
 }
 NOT_NEGATIVE = {
-    "model": ("head_width", "hidden", "vocabulary", "softcap"),
+    "model": (
+        *("head_width", "hidden", "vocabulary", "softcap", "encoder_layers", "encoder_width", "encoder_hidden"),
+        *("encoder_context", "rope_original_context", "experts", "expert_hidden", "shared_expert_hidden"),
+        *("dense_layers", "balance_weight", "router_z_loss"),
+    ),
     "objective": ("z_loss",),
     "optimizer": ("embedding_learning_rate", "head_learning_rate", "vector_learning_rate", "weight_decay", "clip"),
     "duration": ("tokens", "flops", "minutes"),
@@ -25,6 +29,17 @@ NOT_NEGATIVE = {
 SHARES = {"schedule": ("warmup", "decay", "final")}
 DECAYS = {"optimizer": ("momentum", "beta1", "beta2")}
 CHOICES = {
+    "model.topology": ("decoder",),
+    "model.encoder_pooling": (1,),
+    "model.positions": ("rope",),
+    "model.rope_scaling": ("none",),
+    "model.norm": ("rmsnorm",),
+    "model.norm_placement": ("pre",),
+    "model.feed_forward": ("swiglu",),
+    "model.experts": (0,),
+    "model.router": ("softmax", "sigmoid"),
+    "model.balance": ("auxiliary", "bias", "none"),
+    "model.exportable_to": ("", "llama", "qwen3", "qwen3-moe", "mixtral", "t5"),
     "objective.kind": ("causal",),
     "optimizer.transfer": ("width", "none"),
     "schedule.kind": ("wsd", "cosine", "constant"),
@@ -72,7 +87,7 @@ def ranges(recipe: Recipe) -> Iterator[str]:
     for key, choices in CHOICES.items():
         value = operator.attrgetter(key)(recipe)
         if value not in choices:
-            yield f"{key} = {value!r}: choose {' or '.join(choices)}"
+            yield f"{key} = {value!r}: choose {' or '.join(map(str, choices))}"
     name = recipe.optimizer.name
     if name not in ("muon", "adamw") and ".py:" not in name:
         yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"

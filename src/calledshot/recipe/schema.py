@@ -93,7 +93,74 @@ class Model:
     softcap: float = 0.0
     """Logits become softcap * tanh(logits / softcap); 0 leaves them alone."""
     norm_epsilon: float = 1e-6
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every norm."""
+    topology: str = "decoder"
+    """`decoder` (causal), `prefix` (the same stack, prefixes seen both ways) or `encoder-decoder`."""
+    encoder_layers: int = 0
+    """Blocks of the encoder; 0 takes `layers`."""
+    encoder_width: int = 0
+    """Width of the encoder, a multiple of the head's width; 0 takes `width`."""
+    encoder_hidden: int = 0
+    """Width inside the encoder's feed-forward; 0 takes `hidden` scaled with the width."""
+    encoder_context: int = 0
+    """Longest input of the encoder in tokens, S; 0 takes `context`, which is then the decoder's alone."""
+    encoder_pooling: int = 1
+    """1, 2, 4 or 8: the encoder averages its tokens in pairs so often, between its layers, that so many become one."""
+    positions: str = "rope"
+    """`rope`, `t5` (relative bias, one table a stack) or `none`."""
+    rope_scaling: str = "none"
+    """How RoPE reaches past the length it was trained at: `none`, `ntk`, `yarn`; raising `rope_base` is a fourth way."""
+    rope_factor: float = 1.0
+    """Times that `context` is longer than `rope_original_context`, for `rope_scaling`."""
+    rope_original_context: int = 0
+    """Length that RoPE was trained at, for `rope_scaling`."""
+    norm: str = "rmsnorm"
+    """`rmsnorm` or `layernorm` (with gain, without bias)."""
+    norm_placement: str = "pre"
+    """`pre`, `post` (after the sum, as in the first Transformer) or `sandwich` (before and after each branch)."""
+    feed_forward: str = "swiglu"
+    """`swiglu`, `geglu`, `gelu` or `relu2` (squared ReLU)."""
+    experts: int = 0
+    """Experts in each feed-forward, E; 0 is dense."""
+    top_k: int = 2
+    """Experts that a token goes to."""
+    expert_hidden: int = 0
+    """Width inside one expert; 0 takes `hidden` / `top_k`, which keeps the active FLOPs of the dense model."""
+    shared_expert_hidden: int = 0
+    """Width inside the expert that every token goes to; 0 has none."""
+    dense_layers: int = 0
+    """First blocks whose feed-forward stays dense."""
+    router: str = "softmax"
+    """Scores of the experts: `softmax` over all of them, or `sigmoid` of each."""
+    renormalize: bool = True
+    """The weights of a token's experts sum to 1."""
+    balance: str = "auxiliary"
+    """What keeps experts evenly used: `auxiliary` loss, `bias` on the scores that choose, or `none`."""
+    balance_weight: float = 0.01
+    """Weight of the auxiliary loss, or step of the bias."""
+    router_z_loss: float = 1e-3
+    """Weight of the router's squared log-partition."""
+    exportable_to: str = ""
+    """Hugging Face class that the model must fit, checked before training: `llama`, `qwen3`, `qwen3-moe`, `mixtral` or
+    `t5`; empty asks for none."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One task of a mixture of objectives."""
+
+    kind: str = "span"
+    """`span` (corruption, as in T5), `prefix` or `causal`."""
+    weight: float = 1.0
+    """Share of the sequences, relative to the others."""
+    rate: float = 0.15
+    """Share of a document's tokens that become targets; for `prefix` their mean share."""
+    mean_span: float = 3.0
+    """Mean length of a corrupted span, in tokens."""
+    roll: bool = False
+    """Rotate the corruption, so that a document may begin or end either way."""
+    mode: str = ""
+    """Mode token put before the inputs: `R`, `S`, `X`, or empty for none."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +168,15 @@ class Objective:
     """What is predicted, and what else the loss holds."""
 
     kind: str = "causal"
-    """`causal`: each token from those before it in its document."""
+    """`causal` (each token from those before it), `prefix`, `span` (T5), `ul2`, `ul2r`, or `mixture` (`denoisers`)."""
+    rate: float = 0.15
+    """For `span`: share of the tokens that are corrupted."""
+    mean_span: float = 3.0
+    """For `span`: mean length of a corrupted span, in tokens."""
+    mode_tokens: bool = True
+    """For `ul2` and `ul2r`: put the denoiser's mode token before the inputs."""
+    denoisers: tuple[Denoiser, ...] = ()
+    """For `mixture`: its tasks."""
     z_loss: float = 1e-4
     """Weight of the squared log-partition of the softmax; keeps logits from drifting."""
 
