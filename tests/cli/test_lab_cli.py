@@ -1,13 +1,15 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from calledshot.cli import main
+from calledshot.rundir import read_jsonl
 
 sys.path.append(str(Path(__file__).parents[1] / "lab"))
-from synthetic import write_run
+from synthetic import write_lines, write_run
 
 
 @pytest.fixture
@@ -52,6 +54,39 @@ def test_runs_of_an_empty_lab(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == []
     assert main(["runs"]) == 0
     assert "no runs" in capsys.readouterr().err
+
+
+def test_runs_reads_the_end_of_the_logs_only(lab, capsys):
+    log = lab / "runs/wide/metrics.jsonl"
+    rows = log.read_bytes()
+    with log.open("wb") as file:
+        file.seek(1 << 36)  # a hole: 64 GiB that take no room, and a minute to read
+        file.write(b"\n" + rows)
+    started = time.monotonic()
+    assert main(["runs", "--json"]) == 0
+    assert time.monotonic() - started < 10
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    last = json.loads(rows.splitlines()[-1])
+    assert (found["wide"]["step"], found["wide"]["tokens"], found["wide"]["loss"]) == (60, last["tokens"], last["loss"])
+
+
+def test_runs_knows_which_measurements_a_restart_took_back(lab, capsys):
+    """The run measures every 6 steps, died after step 40 and went on from 30."""
+    folder = lab / "runs/wide"
+    logs = {log: read_jsonl(folder / f"{log}.jsonl") for log in ("metrics", "validation")}
+    measured = {row["step"]: row["bits_per_byte"] for row in logs["validation"]}
+
+    def shown(last: int) -> float:
+        """Of the run as it was when its second incarnation had come to step `last`."""
+        for log, rows in logs.items():
+            write_lines(folder / f"{log}.jsonl", [r for r in rows if r["incarnation"] == 1 or r["step"] <= last])
+        main(["runs", "--json"])
+        return {one["name"]: one for one in json.loads(capsys.readouterr().out)}["wide"]["held_out"]["python"]
+
+    assert shown(30) == measured[36]
+    assert shown(31) == shown(35) == measured[30]
+    assert shown(36) == measured[36]
+    assert shown(60) == measured[60]
 
 
 def test_runs_goes_on_over_damage(lab, capsys):

@@ -11,6 +11,7 @@ from rundir_crash import crashes, fill
 
 from calledshot.recipe.errors import RunError
 from calledshot.rundir import JsonLines, atomic_write, parse_time, read_json, read_jsonl, utc_now, write_json
+from calledshot.rundir.files import objects, tail_jsonl
 
 
 def test_a_line_torn_at_any_byte_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
@@ -34,6 +35,19 @@ def test_foreign_lines_are_dropped_and_unknown_fields_kept(tmp_path: Path) -> No
     path.write_bytes(b'{"a": 1, "from_the_future": [2]}\n\x00\x00\x00\n\xff\xfe\n[1]\n7\n\n{"a": 2}\n')
     assert read_jsonl(path) == [{"a": 1, "from_the_future": [2]}, {"a": 2}]
     assert read_jsonl(tmp_path / "absent.jsonl") == []
+
+
+def test_a_reader_stops_where_a_line_is_being_written() -> None:
+    reads = [b'{"step": 1}\n', b'{"step": 2', b'2, "rest": {"step": 3}\n', b'{"step": 4}\n']
+    assert [row["step"] for row in objects(reads)] == [1]
+
+
+def test_the_tail_is_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"".join(b'{"step": %d}\n' % step for step in range(10, 90)))  # 13 bytes each
+    for size, rows in ((1, 0), (12, 0), (13, 1), (14, 1), (26, 2), (79 * 13, 79), (80 * 13, 80), (10_000, 80)):
+        assert [row["step"] for row in tail_jsonl(path, size)] == list(range(90 - rows, 90)), size
+    assert tail_jsonl(tmp_path / "absent.jsonl") == []
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:

@@ -29,21 +29,21 @@ def export(
     from calledshot.model.huggingface import architecture, export_huggingface
     from calledshot.rundir import find_lab, resolve_checkpoint
     from calledshot.training import load_model, run_recipe
+    from calledshot.training.state import read_counters
 
     directory, named = resolve_checkpoint(run, find_lab())
     if None not in (named, step) and named != step:
         raise UsageError(f"--step {step}: {run} names another step already; write one of the two")
     architecture(run_recipe(directory).model)
     loaded = load_model(directory, named if step is None else step)
-    counters = next((row for row in reversed(directory.metrics()) if row.get("step") == loaded.step), {})
-    tokens = f", {counters['tokens']:,} tokens" if counters.get("tokens") else ""
+    tokens = read_counters(directory.checkpoint_path(loaded.step)).tokens
     files = export_huggingface(
         folder,
         loaded.recipe.model,
         loaded.model.state_dict(),
         loaded.tokenizer,
         dtype=getattr(torch, dtype),
-        provenance=f"Run `{directory.name}` of calledshot, step {loaded.step:,}{tokens}.",
+        provenance=f"Run `{directory.name}` of calledshot, step {loaded.step:,}, {tokens:,} tokens.",
         force=force,
     )
     for file in files:

@@ -12,6 +12,7 @@ from calledshot.rundir import RunDirectory, find_lab, runs
 
 from . import figures
 from .figures import MISSING, finite, moment
+from .history import Row, incarnation, number
 from .view import open_view
 
 
@@ -47,9 +48,11 @@ def entry(run: RunDirectory) -> Entry:
     """One run's line in the table."""
     view = open_view(run, curves=False)
     latest: dict[str, Any] = {}
-    for row in view.attempt("metrics.jsonl", run.metrics, []):
+    for row in view.attempt("metrics.jsonl", lambda: run.tail("metrics"), []):
         latest |= {key: value for key, value in row.items() if value is not None}
-    measured = view.attempt("validation.jsonl", lambda: run.standing_rows("validation"), [])
+    measured = [
+        row for row in view.attempt("validation.jsonl", lambda: run.tail("validation"), []) if lasts(row, latest)
+    ]
     bits = {str(row.get("source")): row.get("bits_per_byte") for row in measured}
     bits |= {source: view.final(source)[0].get("bits_per_byte") for source in view.sources}
 
@@ -72,6 +75,16 @@ def entry(run: RunDirectory) -> Entry:
         archived=view.labels.get("archived") is True,
         warnings=view.warnings,
     )
+
+
+def lasts(row: Row, latest: Row) -> bool:
+    """Whether a measurement, of the step that it names, still stands when `latest` is the newest row of metrics.
+
+    One of an earlier incarnation does up to where the newest one is: had that gone back behind it, it would have
+    measured the step again, and the later row counts.
+    """
+    step, reached = number(row, "step"), number(latest, "step")
+    return None in (step, reached) or incarnation(row) >= incarnation(latest) or step <= reached
 
 
 def entries(lab: Path | None = None, *, archived: bool = False) -> list[Entry]:

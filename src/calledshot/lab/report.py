@@ -19,8 +19,9 @@ from calledshot.rundir import RunDirectory, atomic_write
 
 from . import evaluations, figures
 from .comparison import recipe_differences
-from .curves import SERIES, incarnation, number
+from .curves import SERIES
 from .figures import finite, flatten
+from .history import incarnation, number
 from .tables import comparability, efficiency, headline, results
 from .timeline import Timeline, timeline
 from .view import View, open_view

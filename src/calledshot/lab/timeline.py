@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from . import figures
-from .curves import incarnation, number
+from .history import incarnation, number
 from .view import ROUTINE, View
 
 _ENVELOPE = ("time", "step", "incarnation", "kind", "tokens", "event")

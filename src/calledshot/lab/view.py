@@ -13,8 +13,9 @@ from typing import Any
 from calledshot.recipe import Recipe, ShotError, from_dict
 from calledshot.rundir import RunDirectory, read_json
 
-from .curves import Curves, History, downsample, number
+from .curves import Curves
 from .figures import finite
+from .history import History, number
 
 ROUTINE = ("checkpoint", "evaluation", "probe")
 """Kinds of events that happen in every healthy run."""
@@ -165,6 +166,8 @@ def open_view(run: RunDirectory | Path | str, *, curves: bool = True) -> View:
     _read_recipe(view)
     if not curves:
         return view
+    from .metrics import Metrics, downsample  # numpy, which tables of runs do without
+
     view.lineage = view.attempt("lineage.json", lambda: directory.load("lineage"), {})
     view.probes = view.attempt("probes.json", lambda: directory.load("probes"), {})
     view.data = view.attempt("data.json", lambda: directory.load("data"), {})
@@ -175,9 +178,8 @@ def open_view(run: RunDirectory | Path | str, *, curves: bool = True) -> View:
     validation = view.attempt("validation.jsonl", lambda: directory.rows("validation"), [])
     samples = view.attempt("samples.jsonl", lambda: directory.rows("samples"), [])
 
-    metrics = view.attempt("metrics.jsonl", lambda: directory.rows("metrics"), [])
-    for row in metrics:
-        view.history.see(row, metric=True)
+    metrics = view.attempt("metrics.jsonl", lambda: Metrics(directory.stream("metrics")), Metrics())
+    metrics.tell(view.history)
     for row in (*view.events, *validation, *samples):
         view.history.see(row)
     view.curves = downsample(metrics, view.history)

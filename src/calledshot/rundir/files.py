@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,17 +166,44 @@ class JsonLines:
         self.close()
 
 
+def stream_jsonl(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file in order, one at a time, unknown fields kept, torn lines dropped; none without the
+    file."""
+    with suppress(FileNotFoundError, NotADirectoryError), open(path, "rb") as file:
+        yield from objects(file)
+
+
 def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file in order, unknown fields kept, torn lines dropped; [] without the file."""
+    """All that `stream_jsonl` gives. A million rows of metrics take 3 GB so."""
+    return list(stream_jsonl(path))
+
+
+def tail_jsonl(path: Path | str, size: int = 1 << 17) -> list[dict[str, Any]]:
+    """The objects in the last `size` bytes of a JSONL file; [] without the file."""
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > size:
+                file.seek(-size - 1, os.SEEK_END)
+                file.readline()  # what began before
+            return list(objects(file))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    rows = []
-    for line in content.split(b"\n"):
-        if line:
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
-    return rows
+
+
+def objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among lines, up to one without an end.
+
+    Its writer may be at it, and what is read next would begin in its middle.
+    """
+    # Not json.loads, which looks for the encoding of every line: a third of its time.
+    decode = json.JSONDecoder().raw_decode
+    for line in lines:
+        try:
+            text = line.decode("utf-8", "surrogatepass").strip()
+            row, end = decode(text)
+        except ValueError:
+            row, end, text = None, 0, ""
+        if end == len(text) and isinstance(row, dict):
+            yield row
+        if not line.endswith(b"\n"):
+            return

@@ -22,6 +22,8 @@ from calledshot.rundir.files import (
     parse_time,
     read_json,
     read_jsonl,
+    stream_jsonl,
+    tail_jsonl,
     utc_now,
     write_failure,
     write_json,
@@ -218,7 +220,15 @@ class RunDirectory(Checkpoints):
 
     def rows(self, log: Log) -> list[dict[str, Any]]:
         """All rows of a log as they were written, every incarnation's."""
-        return read_jsonl(self.path / f"{log}.jsonl")
+        return list(self.stream(log))
+
+    def stream(self, log: Log) -> Iterator[dict[str, Any]]:
+        """What `rows` gives, one at a time: a long run's metrics do not fit into memory as dictionaries."""
+        return stream_jsonl(self.path / f"{log}.jsonl")
+
+    def tail(self, log: Log) -> list[dict[str, Any]]:
+        """The newest rows of a log, some hundred of them, whatever its length."""
+        return tail_jsonl(self.path / f"{log}.jsonl")
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row a step, sorted: incarnations merged as `merge` says."""
@@ -227,7 +237,7 @@ class RunDirectory(Checkpoints):
     def standing_rows(self, log: Literal["validation", "samples"]) -> list[dict[str, Any]]:
         """Rows of a log without those that a later incarnation went back behind, sorted by step."""
         rows = self.rows(log)
-        first = starts(self.rows("metrics"))
+        first = starts(self.stream("metrics"))
         for incarnation, step in starts(rows).items():
             first[incarnation] = min(step, first.get(incarnation, step))
         return standing(rows, first)

@@ -84,7 +84,7 @@ def train(
         try:
             return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh_optimizer, sinks=sinks)
         except UsageError:
-            if not run.rows("metrics"):  # nothing was trained: another attempt may have the name
+            if not run.tail("metrics"):  # nothing was trained: another attempt may have the name
                 shutil.rmtree(path)
             raise
 
