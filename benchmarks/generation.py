@@ -71,8 +71,7 @@ def decoder(size: str, kind: str, device: str) -> Decoder:
             parameter.normal_(0.0, 2 * parameter.size(-1) ** -0.5, generator=generator)
         else:
             parameter.fill_(1.0)
-    for block in model.blocks:
-        block.blocked_attention = False  # as `load_model` gives it
+    model.blocked_attention = False  # as `load_model` gives it
     return model.to(device)
 
 

@@ -75,7 +75,7 @@ def calledshot(size: Size, device: str) -> tuple[Callable[[], float], int]:
 
     from calledshot.model import Decoder
     from calledshot.recipe import Recipe, schema
-    from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
+    from calledshot.training.optimizer import Optimizer, make_slots
 
     model_keys = schema.Model(
         layers=size.layers, width=size.width, heads=size.heads, kv_heads=size.kv_heads, hidden=size.hidden,
@@ -87,8 +87,7 @@ def calledshot(size: Size, device: str) -> tuple[Callable[[], float], int]:
     model.initialise(torch.Generator(device).manual_seed(SEED))
     masters = {name: parameter.data for name, parameter in model.named_parameters()}
     model.bfloat16()
-    for block in model.blocks:
-        block.blocked_attention = device == "cpu"
+    model.blocked_attention = device == "cpu"
     model.compile_blocks()
     optimizer = Optimizer(make_slots(model, masters), recipe, compiled=True)
     inputs, targets = tokens(size, device)
@@ -106,7 +105,7 @@ def calledshot(size: Size, device: str) -> tuple[Callable[[], float], int]:
         (loss + z_loss).backward()
         for slot in optimizer.slots:
             slot.collect()
-        optimizer.step(number, gradient_norm(optimizer.slots), 1.0)
+        optimizer.step(number, optimizer.gradient_norm(), 1.0)
         optimizer.clear()
         return float(loss)
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from calledshot.model import Decoder
-from calledshot.model.attention import rotary
+from calledshot.model.attention import Mask, Seen
+from calledshot.model.positions import rotary
 from calledshot.recipe import Recipe, schema
 from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
 
@@ -42,9 +43,9 @@ def scales(optimizer: str, width: int, *, transfer: str = "width", layers: int =
     found: dict[str, float] = {}
     with torch.no_grad():
         x_BTD = F.embedding(inputs, decoder.embedding_VD)
-        cos, sin = rotary(torch.arange(CONTEXT).expand_as(inputs), 32, model.rope_base)
+        cos, sin = rotary(torch.arange(CONTEXT).expand_as(inputs), model, 32)
         for number, block in enumerate(decoder.blocks):
-            before_BTD, x_BTD = x_BTD, block(x_BTD, cos, sin)
+            before_BTD, x_BTD = x_BTD, block(x_BTD, cos, sin, Seen(Mask(CONTEXT, CONTEXT)))
             found[f"block {number}"] = float((x_BTD - before_BTD).square().mean().sqrt())
         found["stream"] = float(x_BTD.square().mean().sqrt())
         found["logits"] = float(decoder.logits(decoder.hidden_states(inputs)).square().mean().sqrt())

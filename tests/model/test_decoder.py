@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calledshot.model import Decoder
 from calledshot.model import loss as loss_module
-from calledshot.model.attention import attend, mask_BTS, rotary
+from calledshot.model.attention import Mask, attend, ready
 from calledshot.model.loss import chunked_cross_entropy, token_losses
+from calledshot.model.positions import rotary
 from calledshot.objective import Batch, causal
 from calledshot.recipe import Recipe, cost, schema
 
@@ -35,8 +36,7 @@ def random_decoder(config: schema.Model, *, blocked: bool = True) -> Decoder:
             parameter.data.uniform_(0.5, 1.5, generator=generator)
         else:
             parameter.data.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
-    for block in decoder.blocks:
-        block.blocked_attention = blocked
+    decoder.blocked_attention = blocked
     return decoder
 
 
@@ -91,13 +91,15 @@ def test_flops_are_those_that_the_recipe_counts(name, context, computed):
 def test_no_gradient_crosses_a_document(blocked):
     """The Jacobian of one layer is zero exactly where the mask says so. 128 positions are two blocks of rows."""
     config = schema.Model(layers=1, width=32, heads=4, kv_heads=2, vocabulary=64)
-    block = random_decoder(config, blocked=blocked).blocks[0]
+    decoder = random_decoder(config, blocked=blocked)
     batch, _ = packed([[50, 1, 30, 40], [63, 65]], 128, 64)
     _, _, positions, documents = tensors(batch)
-    cos, sin = rotary(positions, 8, config.rope_base)
+    cos, sin = rotary(positions, decoder.derived, 8)
+    mask = Mask(128, 128, documents_BT=documents)
+    seen = ready(mask, torch.device("cpu"), torch.float32, blocked=blocked)
     x_BTD = torch.randn(2, 128, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    y_BTD = block(x_BTD, cos, sin, documents)
-    allowed_BTS = mask_BTS(documents)[:, 0]
+    y_BTD = decoder.blocks[0](x_BTD, cos, sin, seen)
+    allowed_BTS = mask.allowed(0, 128, 128)
     for t in range(128):
         (gradient_BTD,) = torch.autograd.grad(y_BTD[:, t].square().sum(), x_BTD, retain_graph=True)
         assert torch.equal(gradient_BTD.abs().sum(-1) > 0, allowed_BTS[:, t]), t
@@ -106,7 +108,8 @@ def test_no_gradient_crosses_a_document(blocked):
 def test_the_mask_is_same_document_and_not_later():
     batch, _ = packed([[2, 1]], 4, 64)
     _, _, _, documents = tensors(batch)
-    assert mask_BTS(documents)[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    seen = Mask(4, 4, documents_BT=documents).allowed(0, 4, 4)
+    assert seen[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("T", [96, 128, 256])
@@ -118,7 +121,8 @@ def test_the_two_attention_paths_are_equal(T, with_documents):
     results = []
     for blocked in (True, False):
         inputs = [one.clone().requires_grad_() for one in (q, k, v)]
-        y = attend(*inputs, documents, blocked=blocked)
+        seen = ready(Mask(T, T, documents_BT=documents), torch.device("cpu"), torch.float32, blocked=blocked)
+        y = attend(*inputs, seen)
         results.append([y, *torch.autograd.grad((y * torch.arange(16)).sum(), inputs)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from calledshot.model import Decoder
-from calledshot.model.attention import rotary
+from calledshot.model.attention import Mask, ready
+from calledshot.model.positions import rotary
 from calledshot.recipe import cost, load_recipe
 from calledshot.recipe.cost import EAGER, activation_bytes
 
@@ -32,9 +33,10 @@ def test_an_eager_layer_keeps_what_the_estimate_allows_it():
     shape = cost(recipe).shape
     rows, length = 4, shape.context
     block = Decoder(recipe.model).bfloat16().blocks[0]
-    block.blocked_attention = False
     positions = torch.arange(length).expand(rows, length)
-    cos, sin = rotary(positions, shape.head_width, shape.rope_base)
+    cos, sin = rotary(positions, shape, shape.head_width)
+    mask = Mask(length, length, documents_BT=positions // 100)
+    seen = ready(mask, positions.device, torch.bfloat16, blocked=False)
     ours = {tensor.untyped_storage().data_ptr() for tensor in (cos, sin, *block.parameters())}
     saved: dict[int, int] = {}
 
@@ -46,7 +48,7 @@ def test_an_eager_layer_keeps_what_the_estimate_allows_it():
 
     x = torch.randn(rows, length, shape.width, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = block(x, cos, sin, positions // 100)
+        output = block(x, cos, sin, seen)
     assert output.requires_grad
     tokens = rows * length
     layer = activation_bytes(shape, 2 * tokens) - activation_bytes(shape, tokens) - tokens * 2 * shape.width * 2

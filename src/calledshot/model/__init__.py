@@ -1,17 +1,20 @@
 """The trunk: layers, attention and masks, loss, cache, generation; Hugging Face in and out."""
 
-from calledshot.model.decoder import Block, Cache, Decoder
+from calledshot.model.block import Block
+from calledshot.model.decoder import Cache, Decoder, EncoderInputs
 from calledshot.model.engine import Engine, Overloaded
-from calledshot.model.evaluate import batch_nats, document_nats
+from calledshot.model.evaluate import BatchTensors, batch_nats, document_nats
 from calledshot.model.generation import Completion, Decoding, Logprob, Request, generate, steps
 from calledshot.model.sampling import Sampling
 
 __all__ = [
+    "BatchTensors",
     "Block",
     "Cache",
     "Completion",
     "Decoder",
     "Decoding",
+    "EncoderInputs",
     "Engine",
     "Logprob",
     "Overloaded",

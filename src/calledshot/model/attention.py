@@ -1,14 +1,20 @@
-"""Attention over packed documents, one mask rule for training and decoding.
+"""Attention with one mask rule, for training and decoding, inside a stack and from decoder to encoder.
 
 Shapes: B batch, T target length, S source length, H query heads, K key/value heads, G = H / K query heads a key head,
-C head width.
+C head width, R rows of a block.
 
-The mask is data: a query sees a key iff both are in the same document and the key is not later.
+The mask is data (`Mask`): a query sees a key if and only if both are in the same document, and the key is not later,
+or in the same region above 0. Regions make a prefix seen both ways; an encoder and the attention over what it encoded
+know no "later".
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,61 +22,193 @@ from torch import Tensor
 
 BLOCKED_CONTEXT_LIMIT = 2048
 """Longest sequence for which the score blocks are kept for the backward; past it, memory would grow with its square."""
+MASK_ENTRIES = 2**26
+"""Entries of a mask that stand in memory together where it has to be written out."""
 
 
-def mask_BTS(documents_BT: Tensor) -> Tensor:
-    """Who sees whom, as booleans (B, 1, T, T), from the document of each position (B, T)."""
-    same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return same_BTS.tril().unsqueeze(1)
+@dataclass(frozen=True)
+class Mask:
+    """Who sees whom: documents and regions of the queries and of the keys, (B, T) and (B, S)."""
+
+    queries: int
+    """T."""
+    keys: int
+    """S."""
+    ordered: bool = True
+    """Whether a key may be too late to be seen."""
+    documents_BT: Tensor | None = None
+    """None where each row is one document."""
+    key_documents_BS: Tensor | None = None
+    """None where they are the queries' own."""
+    regions_BT: Tensor | None = None
+    """None where all is causal; queries and keys must be the same tokens."""
+
+    @property
+    def plainly_causal(self) -> bool:
+        """Whether nothing but the order counts."""
+        return self.ordered and self.documents_BT is None and self.regions_BT is None
+
+    @property
+    def open(self) -> bool:
+        """Whether all see all."""
+        return not self.ordered and self.documents_BT is None and self.regions_BT is None
+
+    def allowed(self, start: int, stop: int, keys: int) -> Tensor:
+        """Booleans (B or 1, stop - start, keys): whether the queries from `start` see the first `keys` keys."""
+        like = self.documents_BT if self.documents_BT is not None else self.regions_BT
+        device = None if like is None else like.device
+        seen = torch.ones(1, stop - start, keys, dtype=torch.bool, device=device)
+        if self.ordered:
+            position_S = torch.arange(keys, device=device)
+            seen = (position_S <= torch.arange(start, stop, device=device)[:, None])[None]
+        if self.regions_BT is not None:
+            region_BT1, region_B1S = self.regions_BT[:, start:stop, None], self.regions_BT[:, None, :keys]
+            seen = seen | ((region_BT1 == region_B1S) & (region_BT1 > 0))
+        if self.documents_BT is not None:
+            keys_BS = self.documents_BT if self.key_documents_BS is None else self.key_documents_BS
+            seen = seen & (self.documents_BT[:, start:stop, None] == keys_BS[:, None, :keys])
+        return seen
+
+    def row_blocks(self) -> Iterator[tuple[int, int, int]]:
+        """(first query, end, keys) of the blocks that the CPU works on. Where a mask is causal each block leaves out
+        the keys after it, so that four do 5/8 of the square; small rows do not repay it.
+        """
+        blocks = next((n for n in (4, 2) if self.queries % n == 0 and self.queries // n >= 64), 1)
+        rows = self.queries // blocks
+        for start in range(0, self.queries, rows):
+            causal = self.ordered and self.regions_BT is None
+            yield start, start + rows, start + rows if causal else self.keys
+
+    def biases(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What is added to the scores of each row block, (B or 1, R, S): 0 where seen and -inf elsewhere."""
+        biases = []
+        for start, stop, keys in self.row_blocks():
+            seen = self.allowed(start, stop, keys)
+            biases.append(torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf))
+        return tuple(biases)
+
+    def block_mask(self) -> Any:
+        """The same as a FlexAttention `BlockMask` (Dong et al. 2024, arXiv 2412.05496), for GPUs."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        like = self.documents_BT if self.documents_BT is not None else self.regions_BT
+        assert like is not None
+        return create_block_mask(self.rule(), like.size(0), None, self.queries, self.keys, device=str(like.device))
+
+    def rule(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The mask as a function of (row, head, query, key)."""
+        documents_BT, regions_BT = self.documents_BT, self.regions_BT
+        keys_BS = documents_BT if self.key_documents_BS is None else self.key_documents_BS
+
+        def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            allowed = t >= s if self.ordered else t == t
+            if regions_BT is not None:
+                allowed = allowed | ((regions_BT[b, t] == regions_BT[b, s]) & (regions_BT[b, t] > 0))
+            if documents_BT is not None and keys_BS is not None:
+                allowed = allowed & (documents_BT[b, t] == keys_BS[b, s])
+            return allowed
+
+        return seen
 
 
-def attend(q_BTKGC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor | None, *, blocked: bool) -> Tensor:
-    """Causal attention inside documents; returns (B, T, K, G, C) in the dtype of `v`.
+@dataclass(frozen=True)
+class Seen:
+    """A mask made ready for the attention of all layers of a stack."""
 
-    `blocked` takes the CPU path: plain products on blocks of rows, which `torch.compile` fuses with scale, mask and
-    softmax (on two AVX-512-BF16 cores, forward and backward together 2.9 times as fast as SDPA at 512 tokens).
-    Otherwise SDPA, which is what GPUs and long sequences want. `documents_BT` None means one document a row.
-    """
-    if blocked and q_BTKGC.size(1) <= BLOCKED_CONTEXT_LIMIT:
-        return _attend_in_blocks(q_BTKGC, k_BTKC, v_BTKC, documents_BT)
+    mask: Mask
+    biases: tuple[Tensor, ...] = ()
+    """Of the blocks of rows, (B or 1, R, S), where the CPU path is taken."""
+    block_mask: Any = None
+    """For FlexAttention, where that is taken."""
+    head_biases: tuple[Tensor, ...] = ()
+    """T5's bias by head, (H, R, S): of the blocks of rows on the CPU path, else of all rows."""
+
+
+HeadBias = Callable[[int, int, int], Tensor]
+"""Gives the bias (H, stop - start, keys) of the queries from `start` to `stop` on the first `keys` keys."""
+
+
+def ready(
+    mask: Mask, device: torch.device, dtype: torch.dtype, *, blocked: bool, head_bias: HeadBias | None = None
+) -> Seen:
+    """Chooses the path: blocks of plain products for CPUs that compile (`blocked`), FlexAttention on GPUs, or SDPA."""
+    if blocked and max(mask.queries, mask.keys) <= BLOCKED_CONTEXT_LIMIT:
+        heads = () if head_bias is None else tuple(head_bias(*block) for block in mask.row_blocks())
+        return Seen(mask, biases=mask.biases(dtype), head_biases=heads)
+    heads = () if head_bias is None else (head_bias(0, mask.queries, mask.keys),)
+    if device.type == "cuda" and not (mask.plainly_causal or mask.open):
+        return Seen(mask, block_mask=mask.block_mask(), head_biases=heads)
+    return Seen(mask, head_biases=heads)
+
+
+def attend(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: Seen) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) v under a mask; returns (B, T, K, G, C) in the dtype of `v`."""
+    if seen.biases:
+        return _attend_in_blocks(q_BTKGC, k_BSKC, v_BSKC, seen)
     B, T, K, G, C = q_BTKGC.shape
     q_BHTC = q_BTKGC.reshape(B, T, K * G, C).transpose(1, 2)
-    k_BKTC, v_BKTC = k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
-    if documents_BT is None:
-        y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=G > 1)
+    k_BKSC, v_BKSC = k_BSKC.transpose(1, 2), v_BSKC.transpose(1, 2)
+    mask = seen.mask
+    if seen.block_mask is not None:
+        y_BHTC = _flex(q_BHTC, k_BKSC, v_BKSC, seen)
+    elif not seen.head_biases and (mask.plainly_causal or mask.open):
+        # Exact, since a mask in order has as many keys as queries.
+        y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, is_causal=mask.ordered, enable_gqa=G > 1)
     else:
-        y_BHTC = F.scaled_dot_product_attention(
-            q_BHTC, k_BKTC, v_BKTC, attn_mask=mask_BTS(documents_BT), enable_gqa=G > 1
-        )
+        rows = max(1, MASK_ENTRIES // (B * mask.keys))
+        parts = []
+        for start in range(0, T, rows):
+            stop = min(start + rows, T)
+            bias: Tensor = mask.allowed(start, stop, mask.keys).unsqueeze(1).to(q_BHTC.device)
+            for bias_HTS in seen.head_biases:
+                bias = bias_HTS[:, start:stop].to(q_BHTC.dtype).masked_fill(~bias, -torch.inf)
+            part = F.scaled_dot_product_attention(
+                q_BHTC[:, :, start:stop], k_BKSC, v_BKSC, attn_mask=bias, enable_gqa=G > 1
+            )
+            parts.append(part)
+        y_BHTC = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     return y_BHTC.transpose(1, 2).reshape(B, T, K, G, C)
 
 
-def _row_blocks(T: int) -> int:
-    """How many blocks of rows: each skips the keys after it, so four do 5/8 of the square; small rows do not repay
-    it.
-    """
-    for blocks in (4, 2):
-        if T % blocks == 0 and T // blocks >= 64:
-            return blocks
-    return 1
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _flex(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, seen: Seen) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return score + seen.head_biases[0][h, t, s]
+
+    run = flex_attention if torch.compiler.is_compiling() or q_BHTC.device.type == "cpu" else _compiled_flex()
+    return run(
+        q_BHTC, k_BKSC, v_BKSC, block_mask=seen.block_mask, score_mod=add_bias if seen.head_biases else None,
+        enable_gqa=q_BHTC.size(1) != k_BKSC.size(1),
+    )  # fmt: skip
 
 
 class _BlockOfRows(torch.autograd.Function):
-    """softmax(mask(q k^T)) v for one block of rows, keeping only the weights for the backward.
+    """softmax(q k^T * scale + bias) v for one block of rows, keeping only the weights for the backward.
 
     N = B * K products; R = G * rows, the query heads of a key head being rows of one product. Left to itself the
-    compiler keeps scores and weights both, and takes the exponential a second time.
+    compiler keeps scores and weights both, and takes the exponential a second time. A bias that was written out is
+    added in half the time that comparing documents and positions takes.
     """
 
     @staticmethod
-    def forward(ctx, q_NRC, k_NSC, v_NSC, hidden_BRS, groups, scale):
+    def forward(ctx, q_NRC, k_NSC, v_NSC, bias_BRS, head_bias_KGRS, groups, scale):
         N, S = len(k_NSC), k_NSC.size(1)
-        B, rows = hidden_BRS.shape[:2]
+        B, rows = bias_BRS.shape[:2]
         scores = torch.bmm(q_NRC, k_NSC.transpose(1, 2)).view(B, N // B, groups, rows, S).float() * scale
-        scores = torch.where(hidden_BRS[:, None, None], float("-inf"), scores)
+        scores = scores + bias_BRS[:, None, None].float()
+        if head_bias_KGRS is not None:
+            scores = scores + head_bias_KGRS.float()
         weights_NRS = scores.softmax(-1).to(v_NSC.dtype).view(N, groups * rows, S)
         ctx.save_for_backward(q_NRC, k_NSC, v_NSC, weights_NRS)
-        ctx.scale = scale
+        ctx.scale, ctx.head_bias = scale, None if head_bias_KGRS is None else head_bias_KGRS.shape
         return torch.bmm(weights_NRS, v_NSC)
 
     @staticmethod
@@ -79,33 +217,40 @@ class _BlockOfRows(torch.autograd.Function):
         slope_NRS = torch.bmm(gradient_NRC, v_NSC.transpose(1, 2)).float()
         weights = weights_NRS.float()
         mean_NR1 = (slope_NRS * weights).sum(-1, keepdim=True)
+        bias_gradient = None
+        if ctx.head_bias is not None:
+            bias_gradient = (weights * (slope_NRS - mean_NR1)).view(-1, *ctx.head_bias).sum(0)
         slope_NRS = (weights * (slope_NRS - mean_NR1) * ctx.scale).to(q_NRC.dtype)
         q_gradient = torch.bmm(slope_NRS, k_NSC)
         k_gradient = torch.bmm(slope_NRS.transpose(1, 2), q_NRC)
-        return q_gradient, k_gradient, torch.bmm(weights_NRS.transpose(1, 2), gradient_NRC), None, None, None
+        v_gradient = torch.bmm(weights_NRS.transpose(1, 2), gradient_NRC)
+        return q_gradient, k_gradient, v_gradient, None, bias_gradient, None, None
 
 
-def _attend_in_blocks(q_BTKGC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents_BT: Tensor | None) -> Tensor:
-    B, T, K, G, C = q_BTKGC.shape
-    blocks = _row_blocks(T)
-    rows = T // blocks
+def _attend_in_blocks(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: Seen) -> Tensor:
+    B, _, K, G, C = q_BTKGC.shape
+    S = k_BSKC.size(1)
     q_BKGTC = q_BTKGC.permute(0, 2, 3, 1, 4)
-    k_NSC = k_BTKC.transpose(1, 2).reshape(B * K, T, C)
-    v_NSC = v_BTKC.transpose(1, 2).reshape(B * K, T, C)
-    position_S = torch.arange(T, device=q_BTKGC.device, dtype=torch.int32)
+    k_NSC = k_BSKC.transpose(1, 2).reshape(B * K, S, C)
+    v_NSC = v_BSKC.transpose(1, 2).reshape(B * K, S, C)
     outputs = []
-    for block in range(blocks):
-        start, stop = block * rows, (block + 1) * rows
-        hidden_BRS = (position_S[None, :stop] > position_S[start:stop, None])[None].expand(B, rows, stop)
-        if documents_BT is not None:
-            hidden_BRS = hidden_BRS | (documents_BT[:, start:stop, None] != documents_BT[:, None, :stop])
-        q_NRC = q_BKGTC[:, :, :, start:stop].reshape(B * K, G * rows, C)
-        output_NRC = _BlockOfRows.apply(q_NRC, k_NSC[:, :stop], v_NSC[:, :stop], hidden_BRS, G, 1.0 / math.sqrt(C))
-        outputs.append(output_NRC.view(B, K, G, rows, C))
+    start = 0
+    for number, bias in enumerate(seen.biases):
+        stop, keys = start + bias.size(1), bias.size(2)
+        q_NRC = q_BKGTC[:, :, :, start:stop].reshape(B * K, G * (stop - start), C)
+        bias_BRS = bias.expand(B, -1, -1)
+        head_bias_KGRS = seen.head_biases[number].unflatten(0, (K, G)) if seen.head_biases else None
+        output_NRC = _BlockOfRows.apply(
+            q_NRC, k_NSC[:, :keys], v_NSC[:, :keys], bias_BRS, head_bias_KGRS, G, 1.0 / math.sqrt(C)
+        )
+        outputs.append(output_NRC.view(B, K, G, stop - start, C))
+        start = stop
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4)
 
 
-def attend_cached(q_BTKGC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_BTS: Tensor) -> Tensor:
+def attend_cached(
+    q_BTKGC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_BTS: Tensor, head_bias_BHTS: Tensor | None = None
+) -> Tensor:
     """Attention of new positions over a cache, (B, T, K, G, C); `bias_BTS` is float32, 0 where seen and -inf elsewhere.
 
     Plain products: on CPUs SDPA with one query a row took twice (float32) to five times (bfloat16) as long at 32 rows.
@@ -113,23 +258,8 @@ def attend_cached(q_BTKGC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, bias_BTS: Ten
     B, T, K, G, C = q_BTKGC.shape
     q_BKRC = q_BTKGC.transpose(1, 2).reshape(B, K, T * G, C)
     scores = (q_BKRC @ k_BKSC.transpose(2, 3)).float().view(B, K, T, G, -1) / math.sqrt(C)
-    weights = (scores + bias_BTS[:, None, :, None]).softmax(-1).to(v_BKSC.dtype)
+    scores = scores + bias_BTS[:, None, :, None]
+    if head_bias_BHTS is not None:
+        scores = scores + head_bias_BHTS.unflatten(1, (K, G)).transpose(2, 3).float()
+    weights = scores.softmax(-1).to(v_BKSC.dtype)
     return (weights.view(B, K, T * G, -1) @ v_BKSC).view(B, K, T, G, C).transpose(1, 2)
-
-
-def rotary(positions_BT: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, T, C / 2), float32, of RoPE (Su et al. 2021, arXiv 2104.09864) at integer positions."""
-    exponents = torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32) / width
-    angles = positions_BT[..., None].float() * base**-exponents
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of the last axis against each other (the half-split layout of Llama's Hugging Face files).
-
-    `x` is (B, T, ..., C); `cos` and `sin` are (B, T, C / 2).
-    """
-    shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.size(-1))
-    cos, sin = cos.view(shape), sin.view(shape)
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

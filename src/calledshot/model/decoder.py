@@ -1,23 +1,29 @@
-"""The Noam decoder: RMSNorm, SwiGLU, grouped-query attention with QK-norm, RoPE, no biases.
+"""The trunk: one stack of blocks, or an encoder's and a decoder's, for every topology.
 
 Shapes, as suffixes: B batch, T target length, S source length, D width, H query heads, K key/value heads, G = H / K,
 C head width, F hidden, V vocabulary.
 
 Parameters are stored so that the last two axes are always one matrix and the axes before it a batch of independent ones
-(heads, the two halves of the gate): Muon orthogonalises the last two axes, tensor parallelism shards the first.
+(heads, the two halves of the gate, experts): Muon orthogonalises the last two, tensor parallelism shards the first.
 
 | parameter | shape | initialised |
 |---|---|---|
 | embedding_VD | (V, D) | normal, 1 (tied: D ** -0.75) |
 | blocks.N.qkv_KXCD | (K, G + 2, C, D) | normal, 1 / sqrt(D); per key head its G query heads, then key, then value |
 | blocks.N.out_DHC | (D, H * C) | zero |
-| blocks.N.gate_up_2FD | (2, F, D) | normal, 1 / sqrt(D) |
+| blocks.N.cross_query_KGCD, cross_key_value_K2CD | (K, G, C, D), (K, 2, C, S's D) | normal, 1 / sqrt(last axis) |
+| blocks.N.cross_out_DHC | (D, H * C) | zero |
+| blocks.N.gate_up_2FD, or up_FD where not gated | (2, F, D), (F, D) | normal, 1 / sqrt(D) |
 | blocks.N.down_DF | (D, F) | zero |
 | head_VD, unless tied | (V, D) | zero |
+| relative_bias_HR (T5's positions) | (H, 32) | zero |
 | gains | (D,) or (C,) | one |
+| encoder.… | the encoder's blocks, final norm, bias, and embedding where its width is another | as above |
 
 Zero at the ends of the branches and at a head of its own makes the first logits uniform at every width and depth, and
-leaves the growth to the learning rates, which transfer (`recipe.transfer`).
+leaves the growth to the learning rates, which transfer (`recipe.transfer`). Sandwich norms would blow a zero branch up:
+their branches end in normal, 1 / sqrt(last axis), and their own gains begin at 1 / sqrt(branches), so that the stream
+ends at about twice the embedding's variance.
 """
 
 from __future__ import annotations
@@ -28,10 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calledshot.model.attention import attend, attend_cached, rotary, rotate
+from calledshot.model.attention import Mask, Seen, ready
+from calledshot.model.block import Block, Crossing, LayerCache, normalize
 from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
 from calledshot.model.packing import can_pack, pack, packed_linear
+from calledshot.model.positions import relative_bias, relative_bucket, rotary
 from calledshot.recipe import schema, shape
+from calledshot.recipe.derived import Shape, Stack
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class Cache:
 
     keys: list[Tensor]
     values: list[Tensor]
+    cross_keys: list[Tensor]
+    """Of what the encoder gave, (B, K, S, C); empty where there is no encoder."""
+    cross_values: list[Tensor]
+    cross_bias_B1S: Tensor | None = None
+    """float32: 0 where the encoder gave something, -inf elsewhere."""
 
     @property
     def rows(self) -> int:
@@ -52,101 +66,90 @@ class Cache:
     def capacity(self) -> int:
         return self.keys[0].size(2)
 
+    @property
+    def encoded(self) -> int:
+        """Positions that the encoder's output may take."""
+        return self.cross_keys[0].size(2) if self.cross_keys else 0
+
     def part(self, rows: slice, capacity: int) -> Cache:
         """A view of some rows, up to `capacity` positions of each."""
         keys, values = ([each[rows, :, :capacity] for each in layers] for layers in (self.keys, self.values))
-        return Cache(keys, values)
+        cross = ([each[rows] for each in layers] for layers in (self.cross_keys, self.cross_values))
+        return Cache(keys, values, *cross, None if self.cross_bias_B1S is None else self.cross_bias_B1S[rows])
 
     def copy_from(self, other: Cache) -> None:
         """Take over what `other` holds, as far as both reach."""
-        rows, capacity = min(self.rows, other.rows), min(self.capacity, other.capacity)
-        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
-            mine[:rows, :, :capacity] = theirs[:rows, :, :capacity]
+        mine, theirs = self._all(), other._all()
+        for to, source in zip(mine, theirs, strict=True):
+            rows, reach = min(len(to), len(source)), min(to.size(2), source.size(2))
+            to[:rows, :, :reach] = source[:rows, :, :reach]
+
+    def _all(self) -> list[Tensor]:
+        bias = [] if self.cross_bias_B1S is None else [self.cross_bias_B1S]
+        return [*self.keys, *self.values, *self.cross_keys, *self.cross_values, *bias]
 
 
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467), in float32
-    inside.
-    """
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()).to(x.dtype)
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What the encoder reads, all (B, S)."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor | None = None
+    """0, 1, 2, ... where None."""
+    documents_BS: Tensor | None = None
+    """-1 on padding; one document a row where None."""
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the stream."""
+class Encoder(nn.Module):
+    """The stack that reads both ways."""
 
-    def __init__(self, config: schema.Model) -> None:
+    def __init__(self, model: Shape, stack: Stack) -> None:
         super().__init__()
-        derived = shape(config)
-        D, K, C, hidden = config.width, config.kv_heads, derived.head_width, derived.hidden
-        self.groups, self.epsilon = config.heads // K, config.norm_epsilon
-        self.blocked_attention = True
-        self.packed: dict[str, Tensor] | None = None
-        self.attention_norm_D = nn.Parameter(torch.empty(D))
-        self.qkv_KXCD = nn.Parameter(torch.empty(K, self.groups + 2, C, D))
-        self.query_norm_C = nn.Parameter(torch.empty(C)) if config.qk_norm else None
-        self.key_norm_C = nn.Parameter(torch.empty(C)) if config.qk_norm else None
-        self.out_DHC = nn.Parameter(torch.empty(D, config.heads * C))
-        self.feed_forward_norm_D = nn.Parameter(torch.empty(D))
-        self.gate_up_2FD = nn.Parameter(torch.empty(2, hidden, D))
-        self.down_DF = nn.Parameter(torch.empty(D, hidden))
+        own = stack.width != model.width
+        self.embedding_VD = nn.Parameter(torch.empty(model.vocabulary, stack.width)) if own else None
+        self.blocks = nn.ModuleList(Block(model, stack) for _ in range(stack.layers))
+        self.final_norm_D = None if model.norm_placement == "post" else nn.Parameter(torch.empty(stack.width))
+        self.relative_bias_HR = nn.Parameter(torch.empty(stack.heads, 32)) if model.positions == "t5" else None
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        documents_BT: Tensor | None = None,
-        cache: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
-    ) -> Tensor:
-        """(B, T, D) to (B, T, D). `cache` is this layer's keys and values, where to write, and the bias of the scores
-        over them (B, T, S); without a bias the rows begin here, and see no more than themselves.
-        """
-        B, T, _ = x_BTD.shape
-        K, X, C, _ = self.qkv_KXCD.shape
-        h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.epsilon)
-        qkv_BTKXC = self._linear(h_BTD, "qkv_KXCD").view(B, T, K, X, C)
-        q, k, v = qkv_BTKXC.split((self.groups, 1, 1), dim=3)
-        k, v = k.squeeze(3), v.squeeze(3)
-        if self.query_norm_C is not None and self.key_norm_C is not None:
-            q = rms_norm(q, self.query_norm_C, self.epsilon)
-            k = rms_norm(k, self.key_norm_C, self.epsilon)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        bias_BTS = None
-        if cache is not None:
-            keys_BKSC, values_BKSC, positions_BT, bias_BTS = cache
-            rows_B1 = torch.arange(B, device=x_BTD.device)[:, None]
-            keys_BKSC[rows_B1, :, positions_BT] = k
-            values_BKSC[rows_B1, :, positions_BT] = v
-        if cache is None or bias_BTS is None:
-            y = attend(q, k, v, documents_BT, blocked=self.blocked_attention)
+
+def pool(x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Neighbours averaged in pairs: states, positions and documents of half the length (Funnel, arXiv 2006.03236).
+
+    A pair stands where its first token does and belongs to that one's document; a second token of another document
+    counts for nothing, so documents must begin at even places (`objective` sees to it).
+    """
+    if x_BSD.size(1) % 2:
+        x_BSD, positions_BS = F.pad(x_BSD, (0, 0, 0, 1)), F.pad(positions_BS, (0, 1))
+        if documents_BS is None:
+            documents_BS = torch.zeros_like(positions_BS)
+            documents_BS[:, -1] = -1
         else:
-            y = attend_cached(q, keys_BKSC, values_BKSC, bias_BTS)
-        x_BTD = x_BTD + self._linear(y.reshape(B, T, -1), "out_DHC")
-        h_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.epsilon)
-        gate_BTF, up_BTF = self._linear(h_BTD, "gate_up_2FD").chunk(2, -1)
-        return x_BTD + self._linear(F.silu(gate_BTF) * up_BTF, "down_DF")
-
-    def _linear(self, x: Tensor, name: str) -> Tensor:
-        """`x` by a parameter, whose axes before the last are its rows."""
-        if self.packed is not None:
-            return packed_linear(x, self.packed[name])
-        weight = getattr(self, name)
-        return F.linear(x, weight.view(-1, weight.size(-1)))
+            documents_BS = F.pad(documents_BS, (0, 1), value=-1)
+    if documents_BS is None:
+        return x_BSD.unflatten(1, (-1, 2)).mean(2), positions_BS[:, ::2], None
+    first, second = documents_BS[:, ::2], documents_BS[:, 1::2]
+    together = (first == second).to(x_BSD.dtype).unsqueeze(-1)
+    mean = (x_BSD[:, ::2] + x_BSD[:, 1::2] * together) / (1 + together)
+    return mean, positions_BS[:, ::2], first
 
 
 class Decoder(nn.Module):
-    """The decoder as `recipe.model` describes it, made on the default device, not yet initialised (`initialise`)."""
+    """The model as `recipe.model` describes it, made on the default device, not yet initialised (`initialise`)."""
 
     def __init__(self, config: schema.Model) -> None:
         super().__init__()
         self.config, self.derived = config, shape(config)
-        self.embedding_VD = nn.Parameter(torch.empty(self.derived.vocabulary, config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm_D = nn.Parameter(torch.empty(config.width))
+        derived = self.derived
+        self.embedding_VD = nn.Parameter(torch.empty(derived.vocabulary, config.width))
+        self.blocks = nn.ModuleList(Block(derived, derived.decoder) for _ in range(config.layers))
+        self.final_norm_D = None if config.norm_placement == "post" else nn.Parameter(torch.empty(config.width))
         self.separate_head_VD = (
-            None if config.tied_embeddings else nn.Parameter(torch.empty(self.derived.vocabulary, config.width))
+            None if config.tied_embeddings else nn.Parameter(torch.empty(derived.vocabulary, config.width))
         )
+        self.relative_bias_HR = nn.Parameter(torch.empty(config.heads, 32)) if config.positions == "t5" else None
+        self.encoder = None if derived.encoder is None else Encoder(derived, derived.encoder)
+        self.blocked_attention = True
+        """Whether the CPU takes the path for compiled blocks."""
         self.compiled = False
         self.packed_head: Tensor | None = None
 
@@ -154,30 +157,87 @@ class Decoder(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding_VD if self.separate_head_VD is None else self.separate_head_VD
 
+    @property
+    def all_blocks(self) -> list[Block]:
+        """Of both stacks, the encoder's first."""
+        return [*(self.encoder.blocks if self.encoder is not None else ()), *self.blocks]  # ty: ignore
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Fill all parameters in place, in float32, from one generator on their device (table at the top of the
         file).
         """
+        sandwich = self.config.norm_placement == "sandwich"
+        branches = self.config.layers * (2 if self.encoder is None else 3)
         for name, parameter in self.named_parameters():
             kind = name.rpartition(".")[2]
             if kind == "embedding_VD":
                 scale = self.config.width**-0.75 if self.config.tied_embeddings else 1.0
                 parameter.normal_(0.0, scale, generator=generator)
-            elif kind in ("qkv_KXCD", "gate_up_2FD"):
-                parameter.normal_(0.0, self.config.width**-0.5, generator=generator)
-            elif kind in ("out_DHC", "down_DF", "separate_head_VD"):
+            elif kind in ("separate_head_VD", "relative_bias_HR"):
                 parameter.zero_()
+            elif kind in ("out_DHC", "cross_out_DHC", "down_DF") and not sandwich:
+                parameter.zero_()
+            elif kind.endswith(("norm_D", "norm_C")):
+                parameter.fill_(branches**-0.5 if kind.endswith("post_norm_D") else 1.0)
             else:
-                parameter.fill_(1.0)
+                parameter.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
 
     def compile_blocks(self) -> None:
-        """Compile each block (one graph serves all) and the loss. Whole-model compilation took 58 to 115 s here, this
-        20 to 45.
+        """Compile each block (one graph serves all of a stack) and the loss. Whole-model compilation took 58 to 115 s
+        here, this 20 to 45.
         """
-        for block in self.blocks:
+        for block in self.all_blocks:
             block.compile(dynamic=False)
         self.compiled = True
+
+    def _stack(
+        self, blocks: nn.ModuleList, x_BTD: Tensor, positions_BT: Tensor, seen: Seen, crossing: Crossing | None = None
+    ) -> Tensor:
+        cos, sin = self._rotary(positions_BT)
+        for block in blocks:
+            # Compiled code is for training: without gradients each new shape would be compiled once more.
+            run = block if torch.is_grad_enabled() else block.forward
+            x_BTD = run(x_BTD, cos, sin, seen, crossing)
+        return x_BTD
+
+    def _rotary(self, positions_BT: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.config.positions != "rope":
+            return None, None
+        return rotary(positions_BT, self.derived, self.derived.head_width)
+
+    def _ready(self, mask: Mask, table_HR: Tensor | None = None) -> Seen:
+        head_bias = None
+        if table_HR is not None:
+            head_bias = lambda start, stop, keys: relative_bias(table_HR, start, stop, keys, ordered=mask.ordered)  # noqa: E731
+        like = self.embedding_VD
+        return ready(mask, like.device, like.dtype, blocked=self.blocked_attention, head_bias=head_bias)
+
+    def _normalized(self, x: Tensor, gain_D: Tensor | None) -> Tensor:
+        return x if gain_D is None else normalize(x, gain_D, self.config.norm_epsilon, self.config.norm)
+
+    def encode(self, inputs: EncoderInputs) -> tuple[Tensor, Tensor | None]:
+        """What the encoder makes of its inputs: states (B, S', D) and their documents (B, S'), S' being S over
+        `encoder_pooling`, rounded up at each halving.
+        """
+        assert self.encoder is not None
+        tokens_BS, positions_BS, documents_BS = inputs.tokens_BS, inputs.positions_BS, inputs.documents_BS
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.size(1), device=tokens_BS.device)[None].expand_as(tokens_BS)
+        table = self.embedding_VD if self.encoder.embedding_VD is None else self.encoder.embedding_VD
+        x_BSD = F.embedding(tokens_BS, table)
+        blocks, halvings = self.encoder.blocks, self.config.encoder_pooling.bit_length() - 1
+        # Evenly between the layers: after layers * 1 / (halvings + 1), 2 / (halvings + 1), ...
+        ends = [len(blocks) * (number + 1) // (halvings + 1) for number in range(halvings + 1)]
+        start = 0
+        for number, end in enumerate(ends):
+            if number:
+                x_BSD, positions_BS, documents_BS = pool(x_BSD, positions_BS, documents_BS)
+            mask = Mask(x_BSD.size(1), x_BSD.size(1), ordered=False, documents_BT=documents_BS)
+            seen = self._ready(mask, self.encoder.relative_bias_HR)
+            x_BSD = self._stack(blocks[start:end], x_BSD, positions_BS, seen)  # ty: ignore
+            start = end
+        return self._normalized(x_BSD, self.encoder.final_norm_D), documents_BS
 
     def hidden_states(
         self,
@@ -185,29 +245,82 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: Cache | None = None,
+        *,
+        regions_BT: Tensor | None = None,
+        encoder_inputs: EncoderInputs | None = None,
     ) -> Tensor:
         """Normalised states (B, T, D) before the head. `tokens_BT` int; positions default to 0, 1, 2, ...
 
         With a cache, the new keys and values are written at `positions_BT` and everything up to a token's own position
-        is seen; without positions its rows begin anew. `documents_BT` must be None then.
+        is seen; without positions its rows begin anew. `documents_BT` must be None then. An encoder reads
+        `encoder_inputs`, with a cache only where rows begin: what it gave stays in the cache.
         """
-        begins = positions_BT is None
+        if cache is not None:
+            return self._cached(tokens_BT, positions_BT, cache, regions_BT, encoder_inputs)
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device)[None].expand_as(tokens_BT)
+        T = tokens_BT.size(1)
+        seen = self._ready(Mask(T, T, documents_BT=documents_BT, regions_BT=regions_BT), self.relative_bias_HR)
+        crossing = None
+        if self.encoder is not None:
+            assert encoder_inputs is not None
+            encoded_BSD, documents_BS = self.encode(encoder_inputs)
+            if documents_BT is None and documents_BS is not None:
+                documents_BT = torch.zeros_like(tokens_BT)
+            keys_BS = documents_BS
+            if documents_BT is not None and documents_BS is None:
+                keys_BS = torch.zeros(encoded_BSD.shape[:2], dtype=documents_BT.dtype, device=documents_BT.device)
+            across = Mask(T, encoded_BSD.size(1), False, documents_BT, key_documents_BS=keys_BS)
+            crossing = Crossing(encoded_BSD, self._ready(across))
+        x_BTD = self._stack(self.blocks, F.embedding(tokens_BT, self.embedding_VD), positions_BT, seen, crossing)
+        return self._normalized(x_BTD, self.final_norm_D)
+
+    def _cached(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        cache: Cache,
+        regions_BT: Tensor | None,
+        encoder_inputs: EncoderInputs | None,
+    ) -> Tensor:
+        begins, T = positions_BT is None, tokens_BT.size(1)
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=tokens_BT.device)[None].expand_as(tokens_BT)
+        cross_bias_B1S = cache.cross_bias_B1S
+        if encoder_inputs is not None:
+            assert cross_bias_B1S is not None
+            self._keep_encoded(encoder_inputs, cache, cross_bias_B1S)
         x_BTD = F.embedding(tokens_BT, self.embedding_VD)
-        cos, sin = rotary(positions_BT, self.derived.head_width, self.config.rope_base)
-        if cache is None:
-            # Compiled code is for training: without gradients each new shape would be compiled once more.
-            for block in self.blocks:
-                x_BTD = (block if torch.is_grad_enabled() else block.forward)(x_BTD, cos, sin, documents_BT)
+        cos, sin = self._rotary(positions_BT)
+        seen = bias_BTS = head_bias_BHTS = None
+        if begins:
+            seen = self._ready(Mask(T, T, regions_BT=regions_BT), self.relative_bias_HR)
         else:
-            bias_BTS = None
-            if not begins:
-                position_S = torch.arange(cache.capacity, device=tokens_BT.device)
-                bias_BTS = torch.zeros_like(cos[..., :1]).where(position_S <= positions_BT[..., None], -torch.inf)
-            for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-                x_BTD = block.forward(x_BTD, cos, sin, None, (keys, values, positions_BT, bias_BTS))
-        return rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
+            position_S = torch.arange(cache.capacity, device=tokens_BT.device)
+            distance_BTS = position_S - positions_BT[..., None]
+            bias_BTS = torch.zeros(distance_BTS.shape, device=x_BTD.device).masked_fill_(distance_BTS > 0, -torch.inf)
+            if self.relative_bias_HR is not None:
+                head_bias_BHTS = self.relative_bias_HR[:, relative_bucket(distance_BTS, ordered=True)].transpose(0, 1)
+        for number, block in enumerate(self.blocks):
+            layer = LayerCache(cache.keys[number], cache.values[number], positions_BT, bias_BTS, head_bias_BHTS)
+            crossing = None
+            if self.encoder is not None:
+                cross = cache.cross_keys[number], cache.cross_values[number]
+                crossing = Crossing(None, None, *cross, cross_bias_B1S)
+            x_BTD = block.forward(x_BTD, cos, sin, seen, crossing, layer)
+        return self._normalized(x_BTD, self.final_norm_D)
+
+    def _keep_encoded(self, inputs: EncoderInputs, cache: Cache, bias_B1S: Tensor) -> None:
+        """Keys and values of what the encoder gives go into the cache, for every layer."""
+        encoded_BSD, documents_BS = self.encode(inputs)
+        S = encoded_BSD.size(1)
+        bias_B1S.fill_(-torch.inf)
+        bias_B1S[:, :, :S] = 0.0
+        if documents_BS is not None:
+            bias_B1S[:, 0, :S].masked_fill_(documents_BS < 0, -torch.inf)
+        for block, keys, values in zip(self.blocks, cache.cross_keys, cache.cross_values, strict=True):
+            k, v = block.cross_keys_values(encoded_BSD)  # ty: ignore
+            keys[:, :, :S], values[:, :, :S] = k.transpose(1, 2), v.transpose(1, 2)
 
     @torch.no_grad()
     def packed(self) -> Decoder:
@@ -223,27 +336,38 @@ class Decoder(nn.Module):
             twin = Decoder(self.config)
         twin.load_state_dict(self.state_dict(), assign=True)
         twin.requires_grad_(False).eval()
-        for block, original in zip(twin.blocks, self.blocks, strict=True):
-            block.blocked_attention = original.blocked_attention
-            matrices = {name: each for name, each in block.named_parameters() if each.dim() > 1}
+        twin.blocked_attention = self.blocked_attention
+        for block in twin.all_blocks:
+            matrices = {name: each for name, each in block.named_parameters(recurse=False) if each.dim() > 1}
             block.packed = {name: pack(each.view(-1, each.size(-1))) for name, each in matrices.items()}
         twin.packed_head = pack(twin.head_VD)
         return twin
 
     @torch.no_grad()
-    def activation_scales(self, tokens_BT: Tensor, positions_BT: Tensor, documents_BT: Tensor) -> dict[str, float]:
-        """Root mean square of the embedding's, each block's and the last norm's output on these tokens."""
-        scales: dict[str, float] = {}
+    def activation_scales(self, tokens_BT: Tensor, **arguments: Tensor | EncoderInputs | None) -> dict[str, float]:
+        """Root mean square of the embedding's, each block's and the last norm's output on these tokens; `arguments` as
+        for `hidden_states`.
+        """
+        scales = {"embedding": _scale(F.embedding(tokens_BT, self.embedding_VD))}
+        hooks = []
+        for name, module in self.named_modules():
+            if isinstance(module, Block):
 
-        def note(name: str, x_BTD: Tensor) -> Tensor:
-            scales[name] = float(x_BTD.float().square().mean().sqrt())
-            return x_BTD
+                def note(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
+                    scales[name] = _scale(output)
 
-        x_BTD = note("embedding", F.embedding(tokens_BT, self.embedding_VD))
-        cos, sin = rotary(positions_BT, self.derived.head_width, self.config.rope_base)
-        for number, block in enumerate(self.blocks):
-            x_BTD = note(f"blocks.{number}", block.forward(x_BTD, cos, sin, documents_BT))
-        note("final", rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon))
+                hooks.append(module.register_forward_hook(note))
+        compiled = [(block, block._compiled_call_impl) for block in self.all_blocks]
+        try:
+            for block in self.all_blocks:
+                block._compiled_call_impl = None
+            with torch.enable_grad():  # so that blocks are called, hooks and all
+                scales["final"] = _scale(self.hidden_states(tokens_BT, **arguments))  # ty: ignore
+        finally:
+            for block, call in compiled:
+                block._compiled_call_impl = call
+            for hook in hooks:
+                hook.remove()
         return scales
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -261,12 +385,12 @@ class Decoder(nn.Module):
         weights_BT: Tensor,
         scale: Tensor,
         z_loss: float,
-        *,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        **reading: Tensor | EncoderInputs | None,
     ) -> tuple[Tensor, Tensor]:
-        """Weighted cross-entropy and z-loss times `scale` (nats; see `chunked_cross_entropy`)."""
-        hidden_BTD = self.hidden_states(inputs_BT, positions_BT, documents_BT)
+        """Weighted cross-entropy and z-loss times `scale` (nats; see `chunked_cross_entropy`); `reading` as for
+        `hidden_states`.
+        """
+        hidden_BTD = self.hidden_states(inputs_BT, **reading)  # ty: ignore
         return chunked_cross_entropy(
             hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), weights_BT.flatten(),
             scale=scale, softcap=self.config.softcap, z_loss=z_loss, compiled=self.compiled,
@@ -274,21 +398,28 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def token_losses(
-        self,
-        inputs_BT: Tensor,
-        targets_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        self, inputs_BT: Tensor, targets_BT: Tensor, **reading: Tensor | EncoderInputs | None
     ) -> Tensor:
-        """Cross-entropy of every target in nats, float32 (B, T)."""
-        hidden_BTD = self.hidden_states(inputs_BT, positions_BT, documents_BT)
+        """Cross-entropy of every target in nats, float32 (B, T); `reading` as for `hidden_states`."""
+        hidden_BTD = self.hidden_states(inputs_BT, **reading)  # ty: ignore
         flat_N = token_losses(hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), self.config.softcap)
         return flat_N.view(targets_BT.shape)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` positions, in the model's dtype."""
-        size = (batch, self.config.kv_heads, capacity, self.derived.head_width)
-        like = self.embedding_VD
-        empty = [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in range(2 * self.config.layers)]
-        return Cache(empty[::2], empty[1::2])
+    def new_cache(self, batch: int, capacity: int, encoded: int = 0) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` positions, in the model's dtype; `encoded` is how many
+        states the encoder may give.
+        """
+        derived, like = self.derived, self.embedding_VD
+
+        def empty(positions: int) -> list[Tensor]:
+            size = (batch, self.config.kv_heads, positions, derived.head_width)
+            return [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in range(self.config.layers)]
+
+        if self.encoder is None:
+            return Cache(empty(capacity), empty(capacity), [], [])
+        bias_B1S = torch.full((batch, 1, encoded), -torch.inf, device=like.device)
+        return Cache(empty(capacity), empty(capacity), empty(encoded), empty(encoded), bias_B1S)
+
+
+def _scale(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

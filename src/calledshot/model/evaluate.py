@@ -1,15 +1,72 @@
-"""What held-out text costs a model, in nats: the one way to compute it, inside training and after it."""
+"""A batch as tensors, and what held-out text costs a model, in nats: the one way to compute it, inside training and
+after it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from calledshot.data import Selection
-from calledshot.model.decoder import Decoder
+from calledshot.model.decoder import Decoder, EncoderInputs
 from calledshot.objective import Batch
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """A batch on the model's device; all (B, T), ids int64."""
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    documents: Tensor
+    regions: Tensor | None
+    """None where all is causal."""
+    encoder: EncoderInputs | None
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> BatchTensors:
+        """From numpy arrays."""
+
+        def tensor(array: np.ndarray, dtype: str | None = None) -> Tensor:
+            return torch.from_numpy(array.astype(dtype) if dtype else array).to(device, non_blocking=True)
+
+        encoded = batch.encoded
+        return cls(
+            tensor(batch.inputs, "int64"),
+            tensor(batch.targets, "int64"),
+            tensor(batch.loss_weights),
+            tensor(batch.positions),
+            tensor(batch.documents),
+            tensor(batch.regions) if batch.regions.any() else None,
+            None
+            if encoded is None
+            else EncoderInputs(tensor(encoded.inputs, "int64"), tensor(encoded.positions), tensor(encoded.documents)),
+        )
+
+    def rows(self, start: int, stop: int) -> BatchTensors:
+        """Some rows."""
+        part = slice(start, stop)
+        encoder = self.encoder
+        if encoder is not None:
+            encoder = EncoderInputs(*(None if each is None else each[part] for each in vars(encoder).values()))
+        cut = {name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **cut, encoder=encoder)
+
+    @property
+    def reading(self) -> dict[str, Tensor | EncoderInputs | None]:
+        """What `Decoder.hidden_states` wants besides the inputs."""
+        return {
+            "positions_BT": self.positions,
+            "documents_BT": self.documents,
+            "regions_BT": self.regions,
+            "encoder_inputs": self.encoder,
+        }
 
 
 @torch.no_grad()
@@ -18,9 +75,8 @@ def batch_nats(model: Decoder, batch: Batch) -> np.ndarray:
 
     Padding has numbers too, without meaning: `batch.loss_weights` is 0 there.
     """
-    arrays = batch.inputs, batch.targets.astype(np.int64), batch.positions, batch.documents
-    inputs, targets, positions, documents = (torch.from_numpy(each).to(model.embedding_VD.device) for each in arrays)
-    return model.token_losses(inputs, targets, positions_BT=positions, documents_BT=documents).cpu().numpy()
+    tensors = BatchTensors.of(batch, model.embedding_VD.device)
+    return model.token_losses(tensors.inputs, tensors.targets, **tensors.reading).cpu().numpy()
 
 
 def document_nats(model: Decoder, selection: Selection, batches: Iterable[Batch]) -> np.ndarray:

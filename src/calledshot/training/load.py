@@ -67,6 +67,5 @@ def load_model(
     tensors = state.read_tensors(found.path / state.MODEL, device)
     state.copy_into({name: parameter.data for name, parameter in model.named_parameters()}, tensors, found.path)
     model.requires_grad_(False).eval().to(dtype or torch.float32)
-    for block in model.blocks:
-        block.blocked_attention = False
+    model.blocked_attention = False
     return Loaded(model, tokenizer, recipe, found.step, directory)

@@ -10,11 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calledshot import machine
 from calledshot.data import Batches, HeldOut, Prepared
-from calledshot.model import Decoder
+from calledshot.model import BatchTensors, Decoder
 from calledshot.objective import Batch
 from calledshot.recipe import Recipe, RunError, UsageError, cost
 from calledshot.recipe.cost import activation_bytes
@@ -24,7 +23,7 @@ from calledshot.training import probe, state
 from calledshot.training.console import Console, quantity, step_line
 from calledshot.training.evaluation import evaluate, write_samples
 from calledshot.training.gauges import EnergyMeter, memory_bytes, peak_memory_bytes
-from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
+from calledshot.training.optimizer import Optimizer, make_slots
 from calledshot.training.schedule import learning_rate_factor
 from calledshot.training.sinks import Sink
 from calledshot.training.stop import Stop, Stopped
@@ -104,8 +103,7 @@ class Trainer:
         if self.machine.dtype == "float32":
             masters = {name: parameter.data for name, parameter in self.model.named_parameters()}
         self.masters = masters
-        for block in self.model.blocks:
-            block.blocked_attention = self.device.type == "cpu" and self.machine.compile
+        self.model.blocked_attention = self.device.type == "cpu" and self.machine.compile
         if self.machine.compile:
             self.model.compile_blocks()
         slots = make_slots(self.model, masters)
@@ -296,23 +294,22 @@ class Trainer:
         """Loss, z-loss and gradient norm of a batch, and the updates' squared norms; None when the step was left
         out.
         """
-        tensors = self._tensors(batch)
+        tensors = BatchTensors.of(batch, self.device)
         rows = self.micro_rows
-        scale = 1.0 / tensors["weights"].sum().clamp(min=1.0)
+        scale = 1.0 / tensors.weights.sum().clamp(min=1.0)
         loss = torch.zeros((), device=self.device)
         z_loss = torch.zeros((), device=self.device)
         for start in range(0, len(batch.inputs), rows):
-            part = {key: value[start : start + rows] for key, value in tensors.items()}
+            part = tensors.rows(start, start + rows)
             micro_loss, micro_z = self.model.loss(
-                part["inputs"], part["targets"], part["weights"], scale, self.recipe.objective.z_loss,
-                positions_BT=part["positions"], documents_BT=part["documents"],
-            )  # fmt: skip
+                part.inputs, part.targets, part.weights, scale, self.recipe.objective.z_loss, **part.reading
+            )
             (micro_loss + micro_z).backward()
             loss += micro_loss.detach()
             z_loss += micro_z.detach()
             for slot in self.optimizer.slots:
                 slot.collect()
-        norm = gradient_norm(self.optimizer.slots)
+        norm = self.optimizer.gradient_norm()
         values = torch.stack((loss, z_loss, norm)).tolist()
         if not all(map(math.isfinite, values)):
             return (*values, None)
@@ -321,21 +318,11 @@ class Trainer:
         names, sums = list(squares), torch.stack(list(squares.values())).tolist()
         return (*values, dict(zip(names, sums, strict=True)))
 
-    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
-        arrays = {
-            "inputs": batch.inputs.astype("int64"),
-            "targets": batch.targets.astype("int64"),
-            "weights": batch.loss_weights,
-            "positions": batch.positions,
-            "documents": batch.documents,
-        }
-        return {key: torch.from_numpy(array).to(self.device, non_blocking=True) for key, array in arrays.items()}
-
     @torch.no_grad()
     def _activations(self, batch: Batch) -> dict[str, float]:
         """Root mean square of each block's output on the first rows of a batch."""
-        part = {key: value[: self.micro_rows] for key, value in self._tensors(batch).items()}
-        return self.model.activation_scales(part["inputs"], part["positions"], part["documents"])
+        part = BatchTensors.of(batch, self.device).rows(0, self.micro_rows)
+        return self.model.activation_scales(part.inputs, **part.reading)
 
     def _check_finite(self, row: dict[str, Any], applied: bool) -> None:
         if applied:

@@ -1,0 +1,187 @@
+"""One block of a stack: attention to its own tokens, perhaps to the encoder's, and a feed-forward.
+
+Shapes, as suffixes: B batch, T target length, S source length, D width, H query heads, K key/value heads, G = H / K,
+C head width, F hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calledshot.model.attention import Seen, attend, attend_cached
+from calledshot.model.packing import packed_linear
+from calledshot.model.positions import rotate
+from calledshot.recipe.derived import GATED, Shape, Stack
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer reads and writes while it decodes."""
+
+    keys_BKSC: Tensor
+    values_BKSC: Tensor
+    positions_BT: Tensor
+    """Where the new keys and values go."""
+    bias_BTS: Tensor | None = None
+    """Of the scores over the cache; None where the rows begin here, and see no more than themselves."""
+    head_bias_BHTS: Tensor | None = None
+    """T5's."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What a decoder's layer sees of the encoder: its output with a mask, or keys and values kept from before."""
+
+    encoded_BSD: Tensor | None = None
+    seen: Seen | None = None
+    keys_BKSC: Tensor | None = None
+    values_BKSC: Tensor | None = None
+    bias_BTS: Tensor | None = None
+
+
+def normalize(x: Tensor, gain: Tensor, epsilon: float, kind: str) -> Tensor:
+    """`rmsnorm` (Zhang and Sennrich 2019, arXiv 1910.07467) or `layernorm` (Ba et al. 2016, arXiv 1607.06450, without
+    bias) over the last axis, in float32 inside.
+    """
+    wide = x.float()
+    if kind == "layernorm":
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()).to(x.dtype)
+
+
+def activate(x_BTF: Tensor, kind: str) -> Tensor:
+    """What stands between the feed-forward's matrices; gated kinds take gate and up side by side (Shazeer 2020, arXiv
+    2002.05202). GELU is the tanh form, as T5 1.1's. Squared ReLU is So et al. 2021, arXiv 2109.08668.
+    """
+    if kind in GATED:
+        gate_BTF, up_BTF = x_BTF.chunk(2, -1)
+        return (F.silu(gate_BTF) if kind == "swiglu" else F.gelu(gate_BTF, approximate="tanh")) * up_BTF
+    return F.gelu(x_BTF, approximate="tanh") if kind == "gelu" else F.relu(x_BTF).square()
+
+
+class Block(nn.Module):
+    """Branches, each normalized before and added to the stream, or as `norm_placement` has it."""
+
+    def __init__(self, model: Shape, stack: Stack) -> None:
+        super().__init__()
+        D, K, C, hidden = stack.width, stack.kv_heads, model.head_width, stack.hidden
+        self.model, self.groups, self.epsilon = model, stack.heads // K, model.norm_epsilon
+        self.packed: dict[str, Tensor] | None = None
+        sandwich = model.norm_placement == "sandwich"
+
+        def gains(size: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(size)) if wanted else None
+
+        self.attention_norm_D = nn.Parameter(torch.empty(D))
+        self.qkv_KXCD = nn.Parameter(torch.empty(K, self.groups + 2, C, D))
+        self.query_norm_C, self.key_norm_C = gains(C, model.qk_norm), gains(C, model.qk_norm)
+        self.out_DHC = nn.Parameter(torch.empty(D, stack.heads * C))
+        self.attention_post_norm_D = gains(D, sandwich)
+        if stack.cross_width:
+            self.cross_norm_D = nn.Parameter(torch.empty(D))
+            self.cross_query_KGCD = nn.Parameter(torch.empty(K, self.groups, C, D))
+            self.cross_key_value_K2CD = nn.Parameter(torch.empty(K, 2, C, stack.cross_width))
+            self.cross_query_norm_C, self.cross_key_norm_C = gains(C, model.qk_norm), gains(C, model.qk_norm)
+            self.cross_out_DHC = nn.Parameter(torch.empty(D, stack.heads * C))
+            self.cross_post_norm_D = gains(D, sandwich)
+        self.feed_forward_norm_D = nn.Parameter(torch.empty(D))
+        if model.feed_forward in GATED:
+            self.gate_up_2FD = nn.Parameter(torch.empty(2, hidden, D))
+        else:
+            self.up_FD = nn.Parameter(torch.empty(hidden, D))
+        self.down_DF = nn.Parameter(torch.empty(D, hidden))
+        self.feed_forward_post_norm_D = gains(D, sandwich)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        seen: Seen | None,
+        crossing: Crossing | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D). `seen` may be None where the cache brings a bias."""
+        h_BTD = self._before(x_BTD, self.attention_norm_D)
+        x_BTD = self._add(x_BTD, self._attention(h_BTD, cos, sin, seen, cache), "attention")
+        if crossing is not None:
+            h_BTD = self._before(x_BTD, self.cross_norm_D)
+            x_BTD = self._add(x_BTD, self._cross_attention(h_BTD, crossing), "cross")
+        h_BTD = self._before(x_BTD, self.feed_forward_norm_D)
+        return self._add(x_BTD, self._feed_forward(h_BTD), "feed_forward")
+
+    def _before(self, x_BTD: Tensor, gain_D: Tensor) -> Tensor:
+        if self.model.norm_placement == "post":
+            return x_BTD
+        return normalize(x_BTD, gain_D, self.epsilon, self.model.norm)
+
+    def _add(self, x_BTD: Tensor, branch_BTD: Tensor, name: str) -> Tensor:
+        if self.model.norm_placement == "post":
+            return normalize(x_BTD + branch_BTD, getattr(self, f"{name}_norm_D"), self.epsilon, self.model.norm)
+        if self.model.norm_placement == "sandwich":
+            branch_BTD = normalize(branch_BTD, getattr(self, f"{name}_post_norm_D"), self.epsilon, self.model.norm)
+        return x_BTD + branch_BTD
+
+    def _attention(
+        self, h_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, seen: Seen | None, cache: LayerCache | None
+    ) -> Tensor:
+        B, T, _ = h_BTD.shape
+        K, X, C, _ = self.qkv_KXCD.shape
+        qkv_BTKXC = self._linear(h_BTD, "qkv_KXCD").view(B, T, K, X, C)
+        q, k, v = qkv_BTKXC.split((self.groups, 1, 1), dim=3)
+        k, v = k.squeeze(3), v.squeeze(3)
+        if self.query_norm_C is not None and self.key_norm_C is not None:
+            q = normalize(q, self.query_norm_C, self.epsilon, "rmsnorm")
+            k = normalize(k, self.key_norm_C, self.epsilon, "rmsnorm")
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            rows_B1 = torch.arange(B, device=h_BTD.device)[:, None]
+            cache.keys_BKSC[rows_B1, :, cache.positions_BT] = k
+            cache.values_BKSC[rows_B1, :, cache.positions_BT] = v
+        if cache is not None and cache.bias_BTS is not None:
+            y = attend_cached(q, cache.keys_BKSC, cache.values_BKSC, cache.bias_BTS, cache.head_bias_BHTS)
+        else:
+            assert seen is not None
+            y = attend(q, k, v, seen)
+        return self._linear(y.reshape(B, T, -1), "out_DHC")
+
+    def _cross_attention(self, h_BTD: Tensor, crossing: Crossing) -> Tensor:
+        B, T, _ = h_BTD.shape
+        K, G, C, _ = self.cross_query_KGCD.shape
+        q = self._linear(h_BTD, "cross_query_KGCD").view(B, T, K, G, C)
+        if self.cross_query_norm_C is not None:
+            q = normalize(q, self.cross_query_norm_C, self.epsilon, "rmsnorm")
+        if crossing.bias_BTS is not None:
+            assert crossing.keys_BKSC is not None and crossing.values_BKSC is not None
+            y = attend_cached(q, crossing.keys_BKSC, crossing.values_BKSC, crossing.bias_BTS)
+        else:
+            assert crossing.encoded_BSD is not None and crossing.seen is not None
+            k, v = self.cross_keys_values(crossing.encoded_BSD)
+            y = attend(q, k, v, crossing.seen)
+        return self._linear(y.reshape(B, T, -1), "cross_out_DHC")
+
+    def cross_keys_values(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, K, C) of what the encoder gave."""
+        K, _, C, _ = self.cross_key_value_K2CD.shape
+        kv_BSK2C = self._linear(encoded_BSD, "cross_key_value_K2CD").view(*encoded_BSD.shape[:2], K, 2, C)
+        k, v = kv_BSK2C.unbind(3)
+        if self.cross_key_norm_C is not None:
+            k = normalize(k, self.cross_key_norm_C, self.epsilon, "rmsnorm")
+        return k, v
+
+    def _feed_forward(self, h_BTD: Tensor) -> Tensor:
+        kind = self.model.feed_forward
+        first = "gate_up_2FD" if kind in GATED else "up_FD"
+        return self._linear(activate(self._linear(h_BTD, first), kind), "down_DF")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        """`x` by a parameter, whose axes before the last are its rows."""
+        if self.packed is not None:
+            return packed_linear(x, self.packed[name])
+        weight = getattr(self, name)
+        return F.linear(x, weight.view(-1, weight.size(-1)))
