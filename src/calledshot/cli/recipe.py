@@ -18,6 +18,7 @@ from calledshot.recipe import (
     optimizer_groups,
     presets,
     problems,
+    shape,
     to_dict,
     to_toml,
     units,
@@ -205,7 +206,7 @@ def memory_(
     rows = [
         ("device", size(result.memory), f"{size(result.usable)} of it taken as usable"),
         ("weights, gradients, optimizer", size(result.fixed), "whatever the micro-batch"),
-        ("activations", size(result.activations), f"of {micro or found.model.context:,} tokens, estimate"),
+        ("activations", size(result.activations), f"of {micro or shape(found.model).row_positions:,} tokens, estimate"),
         ("needed", size(result.needed), ""),
     ]
     print(table(rows, right=(1,)))

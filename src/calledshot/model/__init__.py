@@ -1,10 +1,11 @@
 """The trunk: layers, attention and masks, loss, cache, generation; Hugging Face in and out."""
 
 from calledshot.model.block import Block
-from calledshot.model.decoder import Cache, Decoder, EncoderInputs
+from calledshot.model.decoder import Cache, Decoder, EncoderInputs, Reading
 from calledshot.model.engine import Engine, Overloaded
 from calledshot.model.evaluate import BatchTensors, batch_nats, document_nats
 from calledshot.model.generation import Completion, Decoding, Logprob, Request, generate, steps
+from calledshot.model.prompting import continuing
 from calledshot.model.sampling import Sampling
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "Engine",
     "Logprob",
     "Overloaded",
+    "Reading",
     "Request",
     "Sampling",
     "batch_nats",
+    "continuing",
     "document_nats",
     "generate",
     "steps",

@@ -100,6 +100,20 @@ class EncoderInputs:
     """-1 on padding; one document a row where None."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a prompt is put to a model, as its objective had it: ids around the prompt, and how it is seen."""
+
+    before: tuple[int, ...] = ()
+    """A mode token, say."""
+    after: tuple[int, ...] = ()
+    """A sentinel where the rest belongs, say."""
+    start: tuple[int, ...] = ()
+    """What the targets begin with; an encoder-decoder's decoder begins with the begin token."""
+    two_way: bool = False
+    """Whether all but `start` see each other both ways; an encoder's inputs always do."""
+
+
 class Encoder(nn.Module):
     """The stack that reads both ways."""
 
@@ -148,6 +162,7 @@ class Decoder(nn.Module):
         )
         self.relative_bias_HR = nn.Parameter(torch.empty(config.heads, 32)) if config.positions == "t5" else None
         self.encoder = None if derived.encoder is None else Encoder(derived, derived.encoder)
+        self.reading = Reading()
         self.blocked_attention = True
         """Whether the CPU takes the path for compiled blocks."""
         self.compiled = False
@@ -336,7 +351,7 @@ class Decoder(nn.Module):
             twin = Decoder(self.config)
         twin.load_state_dict(self.state_dict(), assign=True)
         twin.requires_grad_(False).eval()
-        twin.blocked_attention = self.blocked_attention
+        twin.blocked_attention, twin.reading = self.blocked_attention, self.reading
         for block in twin.all_blocks:
             matrices = {name: each for name, each in block.named_parameters(recurse=False) if each.dim() > 1}
             block.packed = {name: pack(each.view(-1, each.size(-1))) for name, each in matrices.items()}

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calledshot.model.decoder import Decoder
+from calledshot.model.decoder import Decoder, EncoderInputs, Reading
 from calledshot.model.sampling import Sampling, choose
 from calledshot.recipe import UsageError
 
@@ -42,6 +42,8 @@ class Request:
     """Record each token's log-probability and so many of the likeliest alternatives; None records nothing."""
     prompt_logprobs: bool = False
     """The same for the prompt's tokens."""
+    reading: Reading | None = None
+    """How the prompt is put to the model; None as the model says."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Completion:
     """What has come of a request so far. Lists only grow; `finish` is set after the last token is in them."""
 
     request: Request
+    given: int = 0
+    """Ids that the decoder was given before the first of `tokens`."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     """One a token, where the request asked for them."""
@@ -77,7 +81,7 @@ class Completion:
     @property
     def position(self) -> int:
         """Where the newest token stands: what is before it is in the cache."""
-        return len(self.request.prompt) + len(self.tokens) - 1
+        return self.given + len(self.tokens) - 1
 
 
 class Decoding:
@@ -96,14 +100,30 @@ class Decoding:
         """Raise UsageError for a prompt that this model cannot read."""
         if not request.prompt:
             raise UsageError("the prompt has no tokens; it takes the begin token at least")
-        if len(request.prompt) > self.context:
+        read, given, _ = self._put(request)
+        longest = self.model.derived.encoder_context if self.model.encoder is not None else self.context
+        if max(len(read), len(given)) > longest:
+            around = max(len(read), len(given)) - len(request.prompt)
             raise UsageError(
-                f"the prompt has {len(request.prompt):,} tokens, more than the model's context of {self.context:,}; "
-                "shorten it"
+                f"the prompt has {len(request.prompt):,} tokens{f', {around} put around it' if around else ''}, more "
+                f"than the model's context of {longest:,}; shorten it"
             )
+        if request.prompt_logprobs and (read or self._reading(request).two_way):
+            raise UsageError("a prompt that is read both ways has no log-probabilities; ask for the completion's alone")
         wrong = next((token for token in request.prompt if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
             raise UsageError(f"the prompt's token {wrong} is not in the vocabulary of {self.vocabulary:,}")
+
+    def _reading(self, request: Request) -> Reading:
+        return self.model.reading if request.reading is None else request.reading
+
+    def _put(self, request: Request) -> tuple[list[int], list[int], int]:
+        """What the encoder reads, what the decoder is given, and how many of these see each other both ways."""
+        reading = self._reading(request)
+        inputs = [*reading.before, *request.prompt, *reading.after]
+        if self.model.encoder is not None:
+            return inputs, list(reading.start), 0
+        return [], [*inputs, *reading.start], len(inputs) if reading.two_way else 0
 
     @torch.inference_mode()
     def add(self, completions: Iterable[Completion]) -> None:
@@ -142,20 +162,34 @@ class Decoding:
         self.active.pop()
 
     def _read(self, group: list[Completion]) -> None:
-        prompts = [each.request.prompt for each in group]
-        longest, first = max(map(len, prompts)), len(self.active)
-        self._fit(first + len(group), max(longest, max((each.position for each in self.active), default=0)) + 1)
+        put = [self._put(each.request) for each in group]
+        for each, (_, given, _) in zip(group, put, strict=True):
+            each.given = len(given)
+        longest, first = max(each.given for each in group), len(self.active)
+        encoded = max(len(read) for read, _, _ in put)
+        self._fit(first + len(group), max(longest, max((each.position for each in self.active), default=0)) + 1, encoded)
         device = self.model.embedding_VD.device
         # Padding stands behind: nothing before it sees it, and tokens to come overwrite it in the cache.
-        tokens_BT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        tokens_BT = torch.tensor([[*given, *[0] * (longest - len(given))] for _, given, _ in put], device=device)
+        regions_BT = encoder_inputs = None
+        if any(both for _, _, both in put):
+            both_B1 = torch.tensor([[both] for _, _, both in put], device=device)
+            regions_BT = (torch.arange(longest, device=device) < both_B1).to(torch.int8)
+        if encoded:
+            read_BS = torch.tensor([[*read, *[0] * (encoded - len(read))] for read, _, _ in put], device=device)
+            lengths_B1 = torch.tensor([[len(read)] for read, _, _ in put], device=device)
+            beyond_BS = torch.arange(encoded, device=device) >= lengths_B1
+            encoder_inputs = EncoderInputs(read_BS, documents_BS=-beyond_BS.int())
         cache = self._cache.part(slice(first, first + len(group)), self._cache.capacity)
-        hidden_BTD = self.model.hidden_states(tokens_BT, cache=cache)
+        hidden_BTD = self.model.hidden_states(
+            tokens_BT, cache=cache, regions_BT=regions_BT, encoder_inputs=encoder_inputs
+        )
         for row, each in enumerate(group):
-            room = self.context - len(each.request.prompt)
-            each.room = min(each.request.tokens, room)
+            each.room = min(each.request.tokens, self.context - each.given)
             if each.request.prompt_logprobs:
-                each.prompt_logprobs += self._prompt_logprobs(each.request, hidden_BTD[row])
-        last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+                before = len(self._reading(each.request).before)
+                each.prompt_logprobs += self._prompt_logprobs(each.request, hidden_BTD[row, before:])
+        last_B = torch.tensor([each.given - 1 for each in group], device=device)
         rows_B = torch.arange(len(group), device=device)
         self.active += group
         self._extend(group, self.model.logits(hidden_BTD[rows_B, last_B]))
@@ -202,14 +236,16 @@ class Decoding:
         for completion in [each for each in self.active if each.finish]:
             self.drop(completion)
 
-    def _fit(self, rows: int, positions: int) -> None:
+    def _fit(self, rows: int, positions: int, encoded: int = 0) -> None:
         """Make the cache hold so much, and let go of most of what it no longer needs."""
         capacity = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
         cache = self._cache
-        if rows <= cache.rows <= 4 * rows and capacity <= cache.capacity <= 2 * capacity:
+        across = max(cache.encoded, -(-encoded // CAPACITY_STEP) * CAPACITY_STEP)
+        fits = rows <= cache.rows <= 4 * rows and capacity <= cache.capacity <= 2 * capacity
+        if fits and across == cache.encoded:
             return
         rows = cache.rows if rows <= cache.rows <= 4 * rows else 1 << (rows - 1).bit_length()
-        self._cache = self.model.new_cache(rows, capacity)
+        self._cache = self.model.new_cache(rows, capacity, across)
         self._cache.copy_from(cache)
 
 

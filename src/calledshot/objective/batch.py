@@ -52,6 +52,11 @@ class Batch:
     """What the encoder reads, for the encoder-decoder topology."""
 
     @property
+    def size(self) -> int:
+        """Positions, the encoder's with them and padding included: what a step is counted by."""
+        return self.inputs.size + (0 if self.encoded is None else self.encoded.inputs.size)
+
+    @property
     def tokens(self) -> int:
         """Targets that carry loss."""
         return int(np.count_nonzero(self.loss_weights))

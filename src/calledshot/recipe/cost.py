@@ -6,7 +6,7 @@ A matmul of (m, k) by (k, n) counts 2 m k n FLOPs. Norms, RoPE, softmax and the 
 
 from dataclasses import dataclass
 
-from .derived import Shape, shape
+from .derived import GATED, Shape, Stack, shape
 from .errors import UsageError
 from .schema import Recipe
 
@@ -15,6 +15,8 @@ LOSS_CHUNK = 512
 """Positions whose logits stand in memory at once."""
 EAGER = 2.0
 """Activations without compiled blocks, relative to with them: the norms' and rotations' float32 steps are kept."""
+RELATIVE_BUCKETS = 32
+"""Entries of T5's table for each head."""
 RESERVE = 0.1
 """Share of a device's memory left to the allocator, the kernels and the communication."""
 
@@ -27,9 +29,12 @@ class Matmul:
     inputs: int
     outputs: int
     stored: int
-    """Copies that the model holds: one a layer; 0 for a tied head, which is stored as the embedding."""
+    """Copies that the model holds: one a layer, E where there are experts; 0 for a tied head, which is stored as the
+    embedding."""
     used: int
-    """Copies that one token is multiplied by."""
+    """Copies that a token which comes this way is multiplied by."""
+    share: float = 1.0
+    """Such tokens as a share of all of a sequence, the encoder's and the decoder's; a mean over the layers."""
     head: bool = False
     """Part of the head, hence not of `non_embedding`."""
 
@@ -42,7 +47,7 @@ class Matmul:
 @dataclass(frozen=True)
 class Parameters:
     """Counts of parameters. `non_embedding` leaves out the embedding AND the head. `active` are those that take part in
-    one token's forward pass: all of them, as long as there are no experts."""
+    one sequence's forward pass if each token goes to the same experts: all of them, where there are none."""
 
     total: int
     non_embedding: int
@@ -64,7 +69,8 @@ class Flops:
     backward: int
     """Twice the forward: gradients of the activations and of the parameters."""
     attention: int
-    """Scores and their use, forward and backward, of the (T + 1) / 2 keys that a query sees on average."""
+    """Scores and their use, forward and backward, of the keys that a query sees on average: (T + 1) / 2 where all is
+    causal, 5/8 T where half the sequence is a prefix, all that an encoder or the attention across to it has."""
     attention_full: int
     """The same if every query saw all T keys, as counters do that ignore the mask (PaLM's formula, FlopCounterMode)."""
     total: int
@@ -86,7 +92,7 @@ class Bytes:
     activations: int
     """Estimate for one micro-batch: see `activation_bytes`."""
     kv_cache_per_token: int
-    """Keys and values of all layers."""
+    """Keys and values of all layers of the decoder, without those of what an encoder gave."""
     checkpoint: int
     """Master weights and optimizer."""
 
@@ -129,48 +135,121 @@ class Cost:
         return None if hours is None else hours * gpus * price
 
 
+def pooled(model: Shape) -> list[int]:
+    """Positions that each layer of the encoder works on."""
+    halvings = model.encoder_pooling.bit_length() - 1
+    layers, length, lengths = model.encoder_layers, model.encoder_context, []
+    for number in range(halvings + 1):
+        if number:
+            length = -(-length // 2)
+        lengths += [length] * (layers * (number + 1) // (halvings + 1) - layers * number // (halvings + 1))
+    return lengths
+
+
 def matmuls(model: Shape) -> list[Matmul]:
     """Every matrix that a token is multiplied by; the embedding's lookup is none."""
-    D, H, K, C, F = model.width, model.heads, model.kv_heads, model.head_width, model.hidden
-    return [
-        Matmul("attention.w_qkv", D, (H + 2 * K) * C, model.layers, model.layers),
-        Matmul("attention.w_out", H * C, D, model.layers, model.layers),
-        Matmul("feed_forward.w_gate_up", D, 2 * F, model.layers, model.layers),
-        Matmul("feed_forward.w_down", F, D, model.layers, model.layers),
-        Matmul("head", D, model.vocabulary, 0 if model.tied_embeddings else 1, 1, head=True),
-    ]
+    found = []
+    row = model.row_positions
+    across = pooled(model)
+    for stack in model.stacks:
+        D, H, K, C, n = stack.width, stack.heads, stack.kv_heads, model.head_width, stack.layers
+        share = model.context / row if stack.ordered else sum(across) / (n * row)
+        prefix = "" if stack.ordered else "encoder."
+        found += [
+            Matmul(f"{prefix}attention.w_qkv", D, (H + 2 * K) * C, n, n, share),
+            Matmul(f"{prefix}attention.w_out", H * C, D, n, n, share),
+        ]
+        if stack.cross_width:
+            found += [
+                Matmul("cross.w_query", D, H * C, n, n, share),
+                Matmul("cross.w_key_value", stack.cross_width, 2 * K * C, n, n, across[-1] / row),
+                Matmul("cross.w_out", H * C, D, n, n, share),
+            ]
+        found += _feed_forward(model, stack, share, prefix)
+    head = Matmul(
+        "head", model.width, model.vocabulary, 0 if model.tied_embeddings else 1, 1, model.context / row, head=True
+    )
+    return [*found, head]
+
+
+def _feed_forward(model: Shape, stack: Stack, share: float, prefix: str) -> list[Matmul]:
+    D, n = stack.width, stack.layers
+    first = 2 if model.feed_forward in GATED else 1
+    name = f"{prefix}feed_forward.w_{'gate_up' if first == 2 else 'up'}"
+
+    def both(hidden: int, kind: str, stored: int, used: int) -> list[Matmul]:
+        down = f"{prefix}feed_forward.{kind}w_down"
+        up = name.replace(".w_", f".{kind}w_")
+        return [Matmul(up, D, first * hidden, stored, used, share), Matmul(down, hidden, D, stored, used, share)]
+
+    sparse = max(0, n - model.dense_layers) if model.experts else 0
+    found = both(stack.hidden, "", n - sparse, n - sparse) if sparse < n else []
+    if sparse:
+        found += [Matmul(f"{prefix}feed_forward.router", D, model.experts, sparse, sparse, share)]
+        found += both(model.expert_hidden, "expert.", sparse * model.experts, sparse * model.top_k)
+        if model.shared_expert_hidden:
+            found += both(model.shared_expert_hidden, "shared.", sparse, sparse)
+    return found
+
+
+def gains(model: Shape) -> int:
+    """Entries of all norms' gains and of the tables of positions."""
+    total = 0
+    for stack in model.stacks:
+        branches = 3 if stack.cross_width else 2
+        norms = branches * (2 if model.norm_placement == "sandwich" else 1)
+        heads = 2 * (branches - 1) * model.head_width if model.qk_norm else 0
+        total += stack.layers * (norms * stack.width + heads)
+        total += 0 if model.norm_placement == "post" else stack.width
+        total += RELATIVE_BUCKETS * stack.heads if model.positions == "t5" else 0
+    return total
 
 
 def parameters(model: Shape) -> Parameters:
     """Counts of the model's parameters."""
-    gains = model.layers * (2 * model.width + (2 * model.head_width if model.qk_norm else 0)) + model.width
+    vectors = gains(model)
     embedding = model.vocabulary * model.width
+    if model.encoder_width not in (0, model.width):
+        embedding += model.vocabulary * model.encoder_width
     matrices = sum(one.stored * one.size for one in matmuls(model) if not one.head)
     head = sum(one.stored * one.size for one in matmuls(model) if one.head)
     idle = sum(max(0, one.stored - one.used) * one.size for one in matmuls(model))
-    total = embedding + matrices + head + gains
+    total = embedding + matrices + head + vectors
     return Parameters(
         total=total,
-        non_embedding=matrices + gains,
+        non_embedding=matrices + vectors,
         active=total - idle,
         embedding=embedding,
         head=head,
         matrices=matrices,
-        vectors=gains,
+        vectors=vectors,
     )
 
 
+def _attention(model: Shape) -> tuple[float, float]:
+    """FLOPs of scores and their use in one sequence's forward pass: as the masks have it, and if all saw all."""
+    T = model.context
+    per_pair = 4 * model.head_width
+    pairs = T * T * 5 / 8 if model.topology == "prefix" else T * (T + 1) / 2
+    decoder = per_pair * model.heads * model.layers
+    seen, full = decoder * pairs, decoder * T * T
+    if model.encoder is not None:
+        lengths = pooled(model)
+        both = per_pair * model.encoder.heads * sum(length**2 for length in lengths) + decoder * T * lengths[-1]
+        seen, full = seen + both, full + both
+    return seen, full
+
+
 def flops_per_token(model: Shape) -> Flops:
-    """FLOPs of one token, forward and backward."""
-    matrices = sum(2 * one.used * one.size for one in matmuls(model))
-    per_key = 2 * 2 * model.layers * model.heads * model.head_width
-    attention = per_key * (model.context + 1) // 2
-    forward = matrices + attention
+    """FLOPs of one token, forward and backward; of an encoder-decoder, a mean over the tokens of both."""
+    matrices = sum(2 * one.used * one.size * one.share for one in matmuls(model))
+    seen, full = (one / model.row_positions for one in _attention(model))
+    forward = round(matrices + seen)
     return Flops(
         forward=forward,
         backward=2 * forward,
-        attention=3 * attention,
-        attention_full=3 * per_key * model.context,
+        attention=round(3 * seen),
+        attention_full=round(3 * full),
         total=3 * forward,
     )
 
@@ -185,11 +264,23 @@ def activation_bytes(model: Shape, micro_tokens: int, dtype_bytes: int = 2, comp
     and of the chunked cross-entropy the float32 logits of `LOSS_CHUNK` positions with their gradient and the head's
     gradient.
     """
-    D, H, K, C, F = model.width, model.heads, model.kv_heads, model.head_width, model.hidden
-    layer = 4 * D + (H + 2 * K) * C + (H + K) * C + H * C + model.context + 3 * F
-    blocks = micro_tokens * model.layers * layer * dtype_bytes * (1 if compiled else EAGER)
-    head = min(LOSS_CHUNK, micro_tokens) * model.vocabulary * 8 + model.vocabulary * D * (4 + dtype_bytes)
-    return int(blocks) + micro_tokens * 2 * D * dtype_bytes + head
+    rows = micro_tokens / model.row_positions
+    across = pooled(model)
+    kept = 0.0
+    for stack in model.stacks:
+        D, H, K, C = stack.width, stack.heads, stack.kv_heads, model.head_width
+        parts = 3 if model.feed_forward in GATED else 2
+        hidden = parts * stack.hidden
+        if model.experts:
+            hidden = parts * (model.top_k * model.expert_hidden + model.shared_expert_hidden) + 2 * model.top_k * D
+        layer = 4 * D + (H + 2 * K) * C + (H + K) * C + H * C + hidden
+        if stack.cross_width:
+            layer += 2 * D + 3 * H * C + across[-1]
+        lengths = [model.context] * stack.layers if stack.ordered else across
+        kept += sum(rows * length * (layer + length) for length in lengths) + 2 * rows * lengths[0] * D
+    blocks = kept * dtype_bytes * (1 if compiled else EAGER)
+    head = min(LOSS_CHUNK, micro_tokens) * model.vocabulary * 8 + model.vocabulary * model.width * (4 + dtype_bytes)
+    return int(blocks) + head
 
 
 def optimizer_bytes(counts: Parameters, optimizer: str) -> int:
@@ -223,7 +314,7 @@ def cost(recipe: Recipe, tokens_per_second: float | None = None) -> Cost:
     counts, flops = parameters(model), flops_per_token(model)
     dtype_bytes = DTYPE_BYTES[recipe.parallel.dtype]
     optimizer = optimizer_bytes(counts, recipe.optimizer.name)
-    micro_tokens = recipe.parallel.micro_tokens or model.context
+    micro_tokens = recipe.parallel.micro_tokens or model.row_positions
     number = steps(recipe, flops.total, tokens_per_second)
     tokens = None if number is None else number * recipe.batch.tokens
     return Cost(
@@ -277,7 +368,7 @@ class Memory:
 def memory(recipe: Recipe, ranks: int = 1, memory: int = 80 * 2**30) -> Memory:
     """What fits into `memory` bytes on each of `ranks` replicas. Replicas save nothing but activations."""
     found = cost(recipe)
-    model, context = found.shape, found.shape.context
+    model, context = found.shape, found.shape.row_positions
     dtype_bytes = DTYPE_BYTES[recipe.parallel.dtype]
     rows = recipe.batch.tokens // context
     share = max(1, -(-rows // ranks))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from calledshot.data import Tokenizer
-from calledshot.model import Decoder
+from calledshot.model import Decoder, continuing
 from calledshot.recipe import Recipe, UsageError, from_dict
 from calledshot.rundir import RunDirectory
 from calledshot.training import state
@@ -67,5 +67,5 @@ def load_model(
     tensors = state.read_tensors(found.path / state.MODEL, device)
     state.copy_into({name: parameter.data for name, parameter in model.named_parameters()}, tensors, found.path)
     model.requires_grad_(False).eval().to(dtype or torch.float32)
-    model.blocked_attention = False
+    model.blocked_attention, model.reading = False, continuing(recipe, tokenizer)
     return Loaded(model, tokenizer, recipe, found.step, directory)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from calledshot import machine
-from calledshot.recipe import Recipe, cost, memory
+from calledshot.recipe import Recipe, cost, memory, shape
 from calledshot.rundir import RunDirectory
 
 COMPILE_PAYS_SECONDS = 90.0
@@ -61,13 +61,14 @@ def choose(recipe: Recipe, run: RunDirectory, device: torch.device) -> Machine:
 def micro_tokens(recipe: Recipe, device: torch.device) -> int:
     """Largest divisor of the batch, in whole sequences, that is known to be quick: 4,096 tokens on a CPU (caches),
     65,536 on a GPU as far as memory goes."""
-    context, rows = recipe.model.context, recipe.batch.tokens // recipe.model.context
+    row = shape(recipe.model).row_positions
+    rows = recipe.batch.tokens // row
     limit = 4096 if device.type == "cpu" else 65_536
     if device.type == "cuda":
         fits = memory(recipe, memory=torch.cuda.get_device_properties(device).total_memory).micro_tokens
-        limit = min(limit, fits or context)
-    best = max((n for n in range(1, rows + 1) if rows % n == 0 and n * context <= limit), default=1)
-    return best * context
+        limit = min(limit, fits or row)
+    best = max((n for n in range(1, rows + 1) if rows % n == 0 and n * row <= limit), default=1)
+    return best * row
 
 
 def _seconds(work: Callable[[], object], repeats: int = 5) -> float:

@@ -13,9 +13,9 @@ import torch
 
 from calledshot import machine
 from calledshot.data import Batches, HeldOut, Prepared
-from calledshot.model import BatchTensors, Decoder
+from calledshot.model import BatchTensors, Decoder, continuing
 from calledshot.objective import Batch
-from calledshot.recipe import Recipe, RunError, UsageError, cost
+from calledshot.recipe import Recipe, RunError, UsageError, cost, shape
 from calledshot.recipe.cost import activation_bytes
 from calledshot.recipe.units import show_bytes
 from calledshot.rundir import RunDirectory, parse_time
@@ -60,7 +60,7 @@ class Trainer:
         self.started = time.monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.machine = probe.choose(recipe, run, self.device)
-        self.micro_rows = self.machine.micro_tokens // recipe.model.context
+        self.micro_rows = self.machine.micro_tokens // shape(recipe.model).row_positions
         self.cost = cost(recipe)
         self._refuse_what_cannot_fit()
         self.counters = state.Counters()
@@ -83,7 +83,7 @@ class Trainer:
         width = 2 if self.machine.dtype == "bfloat16" else 4
         activations = activation_bytes(self.cost.shape, self.machine.micro_tokens, width)
         # The mask of a pass stands whole on a CPU, as booleans and in the matmuls' type.
-        mask = (1 + width) * self.micro_rows * model.context**2 if self.device.type == "cpu" else 0
+        mask = (1 + width) * self.micro_rows * shape(model).row_positions ** 2 if self.device.type == "cpu" else 0
         needs = self.cost.bytes.fixed + activations + mask
         if has and needs > min(has):
             raise UsageError(
@@ -100,6 +100,7 @@ class Trainer:
         model.initialise(torch.Generator(self.device).manual_seed(self.recipe.seed))
         masters = {name: parameter.data for name, parameter in model.named_parameters()}
         self.model = model.to(getattr(torch, self.machine.dtype))
+        self.model.reading = continuing(self.recipe, self.prepared.tokenizer)
         if self.machine.dtype == "float32":
             masters = {name: parameter.data for name, parameter in self.model.named_parameters()}
         self.masters = masters
@@ -256,12 +257,12 @@ class Trainer:
         seconds = time.perf_counter() - start
         counters = self.counters
         counters.step = number + 1
-        counters.tokens += batch.inputs.size
-        counters.flops += batch.inputs.size * self.cost.flops_per_token.total
+        counters.tokens += batch.size
+        counters.flops += batch.size * self.cost.flops_per_token.total
         counters.seconds += seconds
-        self.rates.append(batch.inputs.size / seconds)
+        self.rates.append(batch.size / seconds)
         warm = len(self.rates) > WARMUP_STEPS
-        flops_per_second = self.cost.flops_per_token.total * batch.inputs.size / seconds
+        flops_per_second = self.cost.flops_per_token.total * batch.size / seconds
         low, high = machine.mfu_range(flops_per_second, self.peaks)[:2] if warm else (None, None)
         row: dict[str, Any] = {
             "step": counters.step,
