@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calledshot.model.activation import activate
 from calledshot.model.attention import Seen, attend, attend_cached
 from calledshot.model.packing import packed_linear
 from calledshot.model.positions import rotate
@@ -51,16 +52,6 @@ def normalize(x: Tensor, gain: Tensor, epsilon: float, kind: str) -> Tensor:
     if kind == "layernorm":
         wide = wide - wide.mean(-1, keepdim=True)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()).to(x.dtype)
-
-
-def activate(x_BTF: Tensor, kind: str) -> Tensor:
-    """What stands between the feed-forward's matrices; gated kinds take gate and up side by side (Shazeer 2020, arXiv
-    2002.05202). GELU is the tanh form, as T5 1.1's. Squared ReLU is So et al. 2021, arXiv 2109.08668.
-    """
-    if kind in GATED:
-        gate_BTF, up_BTF = x_BTF.chunk(2, -1)
-        return (F.silu(gate_BTF) if kind == "swiglu" else F.gelu(gate_BTF, approximate="tanh")) * up_BTF
-    return F.gelu(x_BTF, approximate="tanh") if kind == "gelu" else F.relu(x_BTF).square()
 
 
 class Block(nn.Module):
