@@ -1,16 +1,18 @@
-"""Saving and loading a training state against `torch.save`, in turn, on the same disk.
+"""Saving and loading a training state against `torch.save`, in turns, on the same disk.
 
     python benchmarks/checkpoint.py --parameters 100M --out docs/checkpoint-speed.md
 
 Ours is what `shot train` writes: safetensors, a sha256 of every file in a manifest, everything flushed to the disk
 before the checkpoint has a name; loading checks every hash. `torch.save` is measured as people call it (no flush, no
-hash) and with a flush.
+hash) and with a flush; it writes a new file, too, and removes the one before, since a trainer that overwrites its only
+checkpoint loses both when it is killed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -44,7 +46,7 @@ def main() -> None:
     size = sum(t.numel() * t.element_size() for t in (*masters.values(), *moments.values()))
     with tempfile.TemporaryDirectory(dir=arguments.folder or None) as folder:
         run = RunDirectory.create(Path(folder) / "run", recipe_toml="", identity="benchmark")
-        plain = Path(folder) / "plain.pt"
+        plain = Path(folder) / "plain-0.pt"
         step = 0
 
         def ours_save() -> None:
@@ -59,20 +61,28 @@ def main() -> None:
             state.read_tensors(found.path / state.MODEL)
             state.read_tensors(found.path / state.OPTIMIZER)
 
-        def torch_save_flushed() -> None:
+        def torch_save(flushed: bool) -> None:
+            nonlocal plain
+            before, plain = plain, plain.with_name(f"plain-{time.monotonic_ns()}.pt")
             torch.save({"model": masters, "optimizer": moments}, plain)
-            flush(plain)
+            if flushed:
+                flush(plain)
+            before.unlink(missing_ok=True)
 
         work: dict[str, Callable[[], object]] = {
             "calledshot: save": ours_save,
-            "torch.save and flush": torch_save_flushed,
-            "torch.save": lambda: torch.save({"model": masters, "optimizer": moments}, plain),
+            "torch.save and flush": lambda: torch_save(True),
+            "torch.save": lambda: torch_save(False),
             "calledshot: verify and load": ours_load,
             "torch.load": lambda: torch.load(plain, weights_only=True),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
+        shuffle = random.Random(0).shuffle  # what frees memory makes what comes after it slower or quicker
         for number in range(arguments.rounds + 1):
-            for name, task in work.items():
+            order = list(work.items())
+            if number:  # before the first save there is nothing to load
+                shuffle(order)
+            for name, task in order:
                 start = time.perf_counter()
                 task()
                 if number:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from calledshot.rundir import RunDirectory, read_json
 
 def save(run: RunDirectory, step: int, content: str = "") -> None:
     with run.checkpoint_writer(step) as folder:
-        (folder / "model.bin").write_text(content or f"weights {step}")
+        run.write_checkpoint_file(step, "model.bin", [(content or f"weights {step}").encode()])
         (folder / "ranks").mkdir()
         (folder / "ranks" / "0.bin").write_text(f"rank 0 at {step}")
 
@@ -43,6 +44,7 @@ def test_a_save_is_listed_hashed_and_the_latest(run: RunDirectory) -> None:
         "bytes": 10,
         "sha256": "6ed338b4f9eb15ed88fbfd6c56a877815e06545289d361b473d20185360dac08",
     }
+    assert (found.path / "verified.json").exists()
     assert (run.folder / "latest").read_text() == "step-0000020\n"
 
 
@@ -139,24 +141,46 @@ def test_after_a_rollback_the_abandoned_future_is_not_continued_from(run: RunDir
     assert run.prune(2) == [20, 30]
 
 
-def test_pruning_keeps_the_newest_and_the_last_verified(run: RunDirectory) -> None:
-    for step in (10, 20, 30, 40, 50):
+def test_pruning_keeps_the_newest_and_one_not_known_to_be_damaged(run: RunDirectory) -> None:
+    for step in (10, 20, 30, 40, 50, 60):
         save(run, step)
-    run.verify(20)
-    assert run.prune(2) == [10, 30]
-    assert run.complete_checkpoints() == [20, 40, 50]
-    damage(run.checkpoint_path(50) / "model.bin")
-    damage(run.checkpoint_path(20) / "model.bin")
-    with pytest.raises(RunError):
-        run.verify(20)
-    save(run, 60)
-    damage(run.checkpoint_path(60) / "model.bin")
-    assert run.prune(1) == [20, 50]  # 40 was found good when 20 was not
+    for step in (50, 60):
+        damage(run.checkpoint_path(step) / "model.bin")
+        with pytest.raises(RunError):
+            run.verify(step)
+    assert run.prune(1) == [10, 20, 30, 50]
+    assert run.complete_checkpoints() == [40, 60]
     damage(run.checkpoint_path(40) / "model.bin")
     with pytest.raises(RunError):
         run.verify(40)
     assert run.prune(1) == []
-    assert run.complete_checkpoints() == [40, 60]
+    save(run, 70)
+    assert run.prune(1) == [40, 60]
+
+
+def test_pruning_verifies_where_nothing_is_known(run: RunDirectory) -> None:
+    for step in (10, 20, 30, 40):
+        save(run, step)
+        (run.checkpoint_path(step) / "verified.json").unlink()
+    damage(run.checkpoint_path(40) / "model.bin")
+    assert run.prune(1) == [10, 20]
+    assert run.complete_checkpoints() == [30, 40]
+
+
+def test_what_is_hashed_while_it_is_written_is_not_read_again(run: RunDirectory) -> None:
+    folder = run.begin_checkpoint(10)
+    run.write_checkpoint_file(10, "model.bin", (b"weights ", memoryview(b"10")))
+    assert (folder / "model.bin").read_bytes() == b"weights 10"
+    damage(folder / "model.bin")  # as a disk might do it: what was meant to be written decides
+    run.publish_checkpoint(10)
+    with pytest.raises(RunError, match=r"model\.bin: is damaged"):
+        run.verify(10)
+    # The next attempt at the same step forgets it, and files written in other ways are hashed as they lie there.
+    with run.checkpoint_writer(10) as folder:
+        (folder / "model.bin").write_bytes(b"weights 10")
+    run.verify(10)
+    manifest = read_json(run.checkpoint_path(10) / "manifest.json")
+    assert manifest["files"]["model.bin"]["sha256"] == sha256(b"weights 10").hexdigest()
 
 
 def test_an_error_while_saving_leaves_no_trace(run: RunDirectory) -> None:
@@ -172,6 +196,8 @@ def test_a_full_disk_keeps_the_checkpoints_there_were(small_disk: Path) -> None:
     save(run, 10)
     with pytest.raises(RunError, match="the disk is full"), run.checkpoint_writer(20) as folder:
         (folder / "model.bin").write_bytes(b"x" * 1_000_000)
+    with pytest.raises(RunError, match="the disk is full"), run.checkpoint_writer(20):
+        run.write_checkpoint_file(20, "model.bin", [b"x" * 1_000_000])
     with run.checkpoint_writer(20) as folder:
         (folder / "model.bin").write_bytes(b"x" * 10)
     folder = run.begin_checkpoint(30)

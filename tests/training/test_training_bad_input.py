@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     options = ("duration.tokens=7680", "checkpoint.every_steps=10")
     run, ended = train(f"damaged-{damage}", *options, before=functools.partial(stop_at, 24))
-    assert ended.code == 143 and run.complete_checkpoints() == [10, 20, 24]
+    assert ended.code == 143 and run.complete_checkpoints() == [20, 24]
     file = run.checkpoint_path(24) / ("manifest.json" if damage == "manifest" else "model.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "flipped":

@@ -270,7 +270,7 @@ class Checkpoint:
     every_minutes: float = 10.0
     """Save when so long has passed since the last save; 0 saves only at the end."""
     keep: int = 2
-    """Checkpoints kept besides the last verified one."""
+    """Newest checkpoints kept, and one besides where all of them turned out damaged."""
 
 
 @dataclass(frozen=True)

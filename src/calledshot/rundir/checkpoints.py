@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,12 +44,14 @@ class Checkpoints:
     """The checkpoints of the run at `path`, one folder a step: `checkpoints/step-0001000/` with `manifest.json`.
 
     A save is `begin_checkpoint`, files written into the folder it gives (by any number of ranks), `publish_checkpoint`;
-    one at a time. Until published, nothing of it counts, and what a killed save left goes at the next one.
+    one at a time. Until published, nothing of it counts, and what a killed save left goes at the next one. Large files
+    are best written by `write_checkpoint_file`, which publishing then need not read again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path / "checkpoints"
+        self._sealed: dict[Path, dict[str, Any]] = {}
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the published checkpoint of a step is."""
@@ -62,6 +64,7 @@ class Checkpoints:
     def begin_checkpoint(self, step: int) -> Path:
         """Clears what interrupted saves left and returns the empty folder to write into. Only one process calls it."""
         partial = self.partial_checkpoint_path(step)
+        self._sealed.clear()
         try:
             self.repair_checkpoints()
             partial.mkdir(parents=True)
@@ -69,19 +72,36 @@ class Checkpoints:
             raise write_failure(partial, error) from error
         return partial
 
+    def write_checkpoint_file(self, step: int, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Writes a file of the checkpoint that is being written, and flushes it to the disk; several threads may, each
+        its own. It is hashed meanwhile, from memory, so that a mistake in writing it shows.
+
+        OSError when the disk is full.
+        """
+        path = self.partial_checkpoint_path(step) / name
+        sha256, size = hashlib.sha256(), 0
+        with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
+            for part in parts:
+                hashed = hasher.submit(sha256.update, part)
+                size += file.write(part)
+                hashed.result()
+            file.flush()
+            os.fsync(file.fileno())
+        self._sealed[path] = {"bytes": size, "sha256": sha256.hexdigest()}
+
     def publish_checkpoint(self, step: int, incarnation: int = 0) -> Path:
         """Makes what was written under `partial_checkpoint_path(step)` the checkpoint of that step, and the latest.
 
-        Every file is flushed to the disk and hashed, then the manifest is written, then the folder gets its name, then
-        `latest` moves. An earlier checkpoint of the same step is replaced. RunError when the disk is full; older
-        checkpoints are untouched.
+        Every file that was not yet is flushed to the disk and hashed, then the manifest is written, then the folder
+        gets its name, then `latest` moves. An earlier checkpoint of the same step is replaced. RunError when the disk
+        is full; older checkpoints are untouched.
         """
         partial, final = self.partial_checkpoint_path(step), self.checkpoint_path(step)
         old = self.folder / f"{_OLD}{final.name}"
         try:
             names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
             with ThreadPoolExecutor(_THREADS) as pool:
-                entries = list(pool.map(lambda name: _seal(partial / name), names))
+                entries = list(pool.map(lambda name: self._sealed.get(partial / name) or _seal(partial / name), names))
             for folder in [*(folder for folder in partial.rglob("*") if folder.is_dir()), partial]:
                 sync_folder(folder)
             manifest = {
@@ -90,6 +110,7 @@ class Checkpoints:
                 "time": utc_now(),
                 "files": dict(zip(names, entries, strict=True)),
             }
+            write_json(partial / VERIFIED, {"time": manifest["time"]})
             write_json(partial / MANIFEST, manifest)
             if final.exists():
                 final.rename(old)
@@ -174,8 +195,8 @@ class Checkpoints:
     def prune(self, keep: int) -> list[int]:
         """Deletes old checkpoints and returns their steps.
 
-        Stay: the `keep` newest (at least one), and the newest that was verified; when none was, they are verified now,
-        newest first. When not one is good, nothing is deleted.
+        Stay: the `keep` newest (at least one), and the newest not found damaged since it was hashed. Where that is not
+        known they are verified now, newest first; when not one is good, nothing is deleted.
         """
         candidates = self._candidates()
         good = next((step for step in candidates if (self.checkpoint_path(step) / VERIFIED).exists()), None)
