@@ -45,7 +45,7 @@ def test_every_pair_of_every_document_lies_in_exactly_one_row(parts, context):
         for start, end in zip(ends - counts, ends, strict=True):
             row = pieces[start:end]
             assert 0 < row["pairs"].sum() <= context
-            for document, begin, pairs in row.tolist():
+            for document, begin, pairs in row[["document", "start", "pairs"]].tolist():
                 assert begin % context == 0
                 covered[document][begin : begin + pairs] += 1
     assert all((document == 1).all() for document in covered)

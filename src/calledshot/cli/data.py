@@ -23,6 +23,10 @@ PIECES = ("cyan", "green", "yellow", "magenta")
 """Pieces of a row take turns."""
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 """Control characters as pictures of themselves: a document must not command the terminal."""
+BRACKETS = {"given": "⟦⟧", "both ways": "⟪⟫", "encoder": "«»"}
+"""Around what has no loss: seen in order, seen both ways, read by the encoder."""
+STYLE_NAMES = {"given": "dim", "both ways": "dim underline", "encoder": "italic"}
+"""The same on a terminal with colours."""
 
 
 @app.command
@@ -142,7 +146,7 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
                 "batch": number,
                 "rows": [
                     [
-                        {**vars(origin), "text": tokenizer.decode(piece_ids(batch, row, piece))}
+                        {**vars(origin), **piece_texts(batch, row, piece, tokenizer)}
                         for piece, origin in enumerate(origins[row])
                     ]
                     for row in range(len(batch.inputs))
@@ -155,15 +159,20 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     colour = console.is_terminal
-    size = f"{batches.rows_per_batch} rows of {batches.context}"
+    frame = batches.denoising.frame
+    width = f"{frame.encoder_context} + {frame.context}" if frame.encoder_context else f"{frame.context}"
+    size = f"{batches.rows_per_batch} rows of {width}"
     console.print(Text(f"step {step}: batch {number}, {size}; data.skip = [{number}] leaves it out"))
     for row in range(len(batch.inputs)):
         padding = int((batch.documents[row] < 0).sum())
+        if batch.encoded is not None:
+            padding += int((batch.encoded.documents[row] < 0).sum())
         console.print(Text(f"row {row}" + (f" ({padding} of padding)" if padding else ""), "bold"))
         parts = list(segments(batch, row, tokenizer))
         for piece, origin in enumerate(origins[row]):
             where = f"tokens {origin.start:,}–{origin.start + origin.pairs - 1:,}, pass {origin.epoch + 1}"
-            title = f"── {origin.source}: {origin.document} ({origin.language}; {where})"
+            task = "" if origin.denoiser == "causal" else f"; {origin.denoiser}"
+            title = f"── {origin.source}: {origin.document} ({origin.language}; {where}{task})"
             console.print(Text(title.translate(VISIBLE), PIECES[piece % len(PIECES)]))
             mine = [part for part in parts if part.piece == piece]
             if documents_only:
@@ -172,28 +181,48 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
                 continue
             console.print(decorated(mine, colour))
     if not documents_only:
-        console.print(Text("loss weights: " + ("dim is 0, plain 1" if colour else "⟦…⟧ is 0, plain 1"), "italic"))
+        console.print(Text(legend(batch, colour), "italic"))
 
 
-def piece_ids(batch: Any, row: int, piece: int) -> list[int]:
-    """Ids of a piece of a row, from its first input to its last target."""
+def legend(batch: Any, colour: bool) -> str:
+    """What the marks mean, of those that the batch needs."""
+    marks = {"given": "0"}
+    if batch.regions.any():
+        marks["both ways"] = "0, seen both ways"
+    if batch.encoded is not None:
+        marks["encoder"] = "0, read by the encoder"
+    if not colour:
+        named = [f"{BRACKETS[name][0]}…{BRACKETS[name][1]} is {what}" for name, what in marks.items()]
+    else:
+        named = [f"{STYLE_NAMES[name]} is {what}" for name, what in marks.items()]
+    return f"loss weights: {', '.join(named)}, plain 1"
+
+
+def piece_texts(batch: Any, row: int, piece: int, tokenizer: Any) -> dict[str, str]:
+    """A piece of a row from its first input to its last target, and what the encoder reads of it."""
     places = batch.documents[row] == piece
-    return [*batch.inputs[row, places][:1].tolist(), *batch.targets[row, places].tolist()]
+    text = [*batch.inputs[row, places][:1].tolist(), *batch.targets[row, places].tolist()]
+    if batch.encoded is None:
+        return {"text": tokenizer.decode(text)}
+    read = batch.encoded.inputs[row, batch.encoded.documents[row] == piece].tolist()
+    return {"inputs": tokenizer.decode(read), "text": tokenizer.decode(text)}
 
 
 def decorated(parts: Any, colour: bool) -> Any:
-    """The tokens of a piece: shades and dimness on a terminal, brackets around what has no loss elsewhere."""
+    """The tokens of a piece: shades and styles on a terminal, brackets around what has no loss elsewhere."""
     from rich.text import Text
 
     text = Text()
     shade = 0
     for part in parts:
+        name = "encoder" if part.encoded else "both ways" if part.region else "given"
         if not colour:
             plain = "".join(part.tokens).translate(VISIBLE)
-            text.append(plain if part.weight else f"⟦{plain}⟧")
-            continue
-        for token in part.tokens:
+            text.append(plain if part.weight else plain.join(BRACKETS[name]))
+        for token in part.tokens if colour else ():
             shade = 1 - shade
-            weight = "dim" if part.weight == 0 else "" if part.weight == 1 else "bold"
+            weight = STYLE_NAMES[name] if part.weight == 0 else "" if part.weight == 1 else "bold"
             text.append(token.translate(VISIBLE), f"{weight} {STYLES[shade]}".strip())
+        if part.encoded:
+            text.append("\n")
     return text

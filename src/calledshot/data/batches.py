@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from calledshot.data.frames import denoising_of
 from calledshot.data.mixture import Mixture, mixture
 from calledshot.data.order import permute
 from calledshot.data.plans import Plan, plan
 from calledshot.data.prepared import Prepared
 from calledshot.data.shards import Readers
 from calledshot.objective import Batch, causal
+from calledshot.objective.chance import key
 from calledshot.recipe import Recipe, UsageError
+from calledshot.recipe.objectives import described
 
 AHEAD = 4
 """Batches that `prefetch` keeps ready."""
@@ -34,6 +38,8 @@ class Origin:
     pairs: int
     epoch: int
     """Which pass over the source this is, from 0."""
+    denoiser: str
+    """What is asked of the piece."""
 
 
 class Batches:
@@ -41,7 +47,8 @@ class Batches:
 
     Slots, one a sequence, are numbered through the whole run. The mixture says which source a slot draws from and how
     many sequences that source gave before; a keyed permutation of each pass turns this number into a row of the
-    source's packing plan.
+    source's packing plan. Where the objective has several denoisers, pieces of all of them share rows, so that a pass
+    over a source is one pass over its text; the next pass has a plan that gives pieces to other denoisers.
     """
 
     def __init__(self, prepared: Prepared, recipe: Recipe, steps: int | None = None, skips: Iterable[int] = ()) -> None:
@@ -52,12 +59,16 @@ class Batches:
         Raises UsageError for a corpus smaller than one batch, and where `max_epochs` ends the data before `steps`.
         """
         self.prepared = prepared
-        self.context = recipe.model.context
+        self.denoising = denoising_of(recipe, prepared.tokenizer)
+        """The objective."""
+        self.context = self.denoising.frame.positions
+        """Positions of a sequence; the encoder's and the decoder's, where there are two."""
         self.rows_per_batch = recipe.batch.tokens // self.context
         """Sequences in a global batch, B."""
-        self.plans: tuple[Plan, ...] = tuple(plan(prepared, source, self.context) for source in prepared.sources)
-        """Packing plan of each source."""
         self._seed = recipe.seed
+        self._variant = functools.cache(self._plan_variant)
+        self.plans: tuple[Plan, ...] = tuple(self._plan(source, 0) for source in range(len(prepared.sources)))
+        """Packing plan of each source's first pass."""
         self._names = tuple(source.name for source in prepared.sources)
         self._skips = tuple(sorted({*recipe.data.skip, *skips}))
         self._readers = Readers()
@@ -101,16 +112,45 @@ class Batches:
             phases = [kept for kept in phases if kept[0] < first]
             phases.append((first, weights))
         capacities = [
-            math.floor(source.max_epochs * made.rows) if source.max_epochs else None
-            for source, made in zip(sources, self.plans, strict=True)
+            self._rows_of(number, source.max_epochs) if source.max_epochs else None
+            for number, source in enumerate(sources)
         ]
         return mixture(phases, capacities)
+
+    def _plan_variant(self, source: int, variant: int) -> Plan:
+        return plan(self.prepared, self.prepared.sources[source], self.denoising, variant)
+
+    def _plan(self, source: int, epoch: int) -> Plan:
+        """The plan of a pass over a source; the seed decides with which variant they begin."""
+        return self._variant(source, (self._seed + epoch) % self.denoising.variants)
+
+    def _pass(self, source: int, index: int) -> tuple[int, int]:
+        """(pass over a source, row within it) of the row of this number through all passes."""
+        period, before = self.denoising.variants, 0
+        for epoch in range(period):
+            rows = self._plan(source, epoch).rows
+            if index < before + rows:
+                return epoch, index - before
+            before += rows
+        cycles, index = divmod(index, before)
+        epoch, place = self._pass(source, index)
+        return cycles * period + epoch, place
+
+    def _rows_of(self, source: int, epochs: float) -> int:
+        """Rows of so many passes over a source."""
+        period = self.denoising.variants
+        if period == 1:
+            return math.floor(epochs * self.plans[source].rows)
+        whole = math.floor(epochs)
+        rows = [self._plan(source, epoch).rows for epoch in range(min(whole + 1, period))]
+        cycles, left = divmod(whole, period)
+        return cycles * sum(rows) + sum(rows[:left]) + math.floor((epochs - whole) * rows[left])
 
     @property
     def packing_loss(self) -> float:
         """Share of the positions that hold padding, in one pass over every source."""
         positions = sum(plan.rows for plan in self.plans) * self.context
-        return 1 - sum(plan.pairs for plan in self.plans) / positions
+        return 1 - sum(plan.filled for plan in self.plans) / positions
 
     def number(self, step: int) -> int:
         """The number that a step's batch has in a run without skips: what `data.skip` and skips.jsonl name."""
@@ -128,8 +168,13 @@ class Batches:
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` of a step's batch: a rank's share, the same rows however many ranks there are."""
         located = [self._locate(step, row) for row in range(start, stop)]
-        rows = [self._read(source, row) for source, _, row in located]
-        return causal(rows, [source for source, _, _ in located], self.context, self.prepared.tokenizer.pad)
+        rows = [self._read(source, epoch, row) for source, epoch, row in located]
+        sources = [source for source, _, _ in located]
+        if self.denoising.plain and self.denoising.denoisers[0].kind == "causal":
+            return causal(rows, sources, self.context, self.prepared.tokenizer.pad)
+        tasks = [self._plan(source, epoch).tasks(self._readers, row) for source, epoch, row in located]
+        keys = [key("objective", self._seed, self._names[source], *place) for source, *place in located]
+        return self.denoising.batch(rows, tasks, keys, sources)
 
     def _locate(self, step: int, row: int) -> tuple[int, int, int]:
         """(source, epoch, row of the source's plan) of a row of a step's batch."""
@@ -139,16 +184,16 @@ class Batches:
                 f"data.sources: max_epochs is reached by every source before step {step}; raise it, or add text"
             )
         source, index = self._mixture.locate(slot)
-        size = self.plans[source].rows
-        epoch, place = divmod(index, size)
+        epoch, place = self._pass(source, index)
+        size = self._plan(source, epoch).rows
         return source, epoch, permute(place, size, seed=self._seed, source=self._names[source], epoch=epoch)
 
-    def _read(self, source: int, row: int) -> list[np.ndarray]:
+    def _read(self, source: int, epoch: int, row: int) -> list[np.ndarray]:
         shards = self.prepared.sources[source].train.shards
         dtype = self.prepared.dtype
         width = dtype.itemsize
         pieces = []
-        for shard, pairs, offset in self.plans[source].row(self._readers, row):
+        for shard, pairs, offset in self._plan(source, epoch).row(self._readers, row):
             path = self.prepared.path / f"{shards[shard].stem}.bin"
             pieces.append(np.frombuffer(self._readers.read(path, width * offset, width * (pairs + 1)), dtype))
         return pieces
@@ -156,11 +201,13 @@ class Batches:
     def progress(self, step: int) -> dict[str, float]:
         """Passes over each source, by name, that the batches before `step` have made."""
         counts = self._mixture.counts(self.number(step) * self.rows_per_batch)
-        return {
-            name: count / plan.rows
-            for name, count, plan in zip(self._names, counts, self.plans, strict=True)
-            if plan.rows
-        }
+        passes = {}
+        for source, count in enumerate(counts):
+            if self.plans[source].rows:
+                epoch, place = self._pass(source, count)
+                rows = self._plan(source, epoch).rows
+                passes[self._names[source]] = (epoch * rows + place) / rows
+        return passes
 
     def origins(self, step: int) -> list[list[Origin]]:
         """The documents in each row of a step's batch, in the order of `Batch.documents`. Reads whole indexes: for
@@ -170,7 +217,10 @@ class Batches:
         for row in range(self.rows_per_batch):
             source, epoch, number = self._locate(step, row)
             origins = []
-            for shard_number, pairs, offset in self.plans[source].row(self._readers, number):
+            made = self._plan(source, epoch)
+            tasks = made.tasks(self._readers, number).tolist()
+            placed = made.row(self._readers, number)
+            for (shard_number, pairs, offset), task in zip(placed, tasks, strict=True):
                 shard = self.prepared.sources[source].train.shards[shard_number]
                 known = indexes.get((source, shard_number))
                 if known is None:
@@ -181,7 +231,8 @@ class Batches:
                 document = int(np.searchsorted(starts, offset, side="right")) - 1
                 language = shard.languages[int(index["language"][document])]
                 first = offset - int(starts[document])
-                origins.append(Origin(self._names[source], names[document], language, first, pairs, epoch))
+                asked = described(self.denoising.denoisers[task])
+                origins.append(Origin(self._names[source], names[document], language, first, pairs, epoch, asked))
             rows.append(origins)
         return rows
 

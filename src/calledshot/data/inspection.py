@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from calledshot.data.batches import Batches
+from calledshot.data.frames import denoising_of
 from calledshot.data.plans import plan
 from calledshot.data.prepare import prepared_folder
 from calledshot.data.prepared import MANIFEST, Prepared, Split
@@ -21,27 +22,37 @@ from calledshot.rundir import RunDirectory
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a row in which every token belongs to the same piece and has the same loss weight."""
+    """A stretch of a row in which every token belongs to the same piece, and is seen and weighted alike."""
 
     piece: int
     """Index of the piece within its row."""
     weight: float
     """Weight of the loss of predicting these tokens; 0 for a piece's first, which nothing in the row predicts."""
+    region: int
+    """0 where tokens see what comes before them, above 0 where those of one region see each other."""
+    encoded: bool
+    """Whether the encoder reads them."""
     tokens: tuple[str, ...]
     """The tokens, special ones spelled out. One that ends within a character is joined with those that complete it."""
 
 
 def segments(batch: Batch, row: int, tokenizer: Tokenizer) -> Iterator[Segment]:
-    """A row's pieces in order, each from its first input to its last target; padding is left out."""
+    """A row's pieces in order, each from its first input to its last target; padding is left out. What the encoder
+    reads of a piece comes before what the decoder does."""
     documents = batch.documents[row]
     for piece in range(int(documents.max(initial=-1)) + 1):
+        if batch.encoded is not None:
+            read = batch.encoded.inputs[row, batch.encoded.documents[row] == piece].tolist()
+            yield Segment(piece, 0.0, 1, True, tuple(_characters(read, tokenizer)))
         places = np.flatnonzero(documents == piece)
         ids = [int(batch.inputs[row, places[0]]), *batch.targets[row, places].tolist()]
         weights = [0.0, *batch.loss_weights[row, places].tolist()]
+        regions = [*batch.regions[row, places].tolist(), 0]
+        seen = list(zip(weights, regions, strict=True))
         start = 0
         for stop in range(1, len(ids) + 1):
-            if stop == len(ids) or weights[stop] != weights[start]:
-                yield Segment(piece, weights[start], tuple(_characters(ids[start:stop], tokenizer)))
+            if stop == len(ids) or seen[stop] != seen[start]:
+                yield Segment(piece, *seen[start], False, tuple(_characters(ids[start:stop], tokenizer)))
                 start = stop
 
 
@@ -75,7 +86,7 @@ def summary(prepared: Prepared, recipe: Recipe | None = None) -> dict[str, Any]:
             "skipped": source.skipped,
         }
         if recipe is not None:
-            made = plan(prepared, source, recipe.model.context)
+            made = plan(prepared, source, denoising_of(recipe, prepared.tokenizer))
             row |= {"context": made.context, "sequences": made.rows, "packing_loss": made.packing_loss}
         rows.append(row)
     tokenizer = prepared.tokenizer

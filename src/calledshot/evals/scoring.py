@@ -172,6 +172,7 @@ def score_texts(loaded: Loaded, texts: dict[str, str], progress: Progress | None
         languages=("und",) * len(texts),
         bytes=np.array([len(text.encode()) for text in texts.values()], np.int64),
         ids=ids,
+        targets=ids - 1,
         places=np.zeros((len(ids), 2), np.int64),
         lossless=tokenizer.lossless,
     )
@@ -185,8 +186,9 @@ def _batches(
     for first in range(0, selection.rows, rows):
         filled = []
         for row in range(first, min(first + rows, selection.rows)):
-            pieces = selection.pieces[selection.row_starts[row] : selection.row_starts[row + 1]].tolist()
-            filled.append([documents[number][start : start + pairs + 1] for number, start, pairs in pieces])
+            pieces = selection.pieces[selection.row_starts[row] : selection.row_starts[row + 1]]
+            places = pieces[["document", "start", "pairs"]].tolist()
+            filled.append([documents[number][start : start + pairs + 1] for number, start, pairs in places])
         yield causal(filled, [0] * len(filled), context, tokenizer.pad)
 
 
@@ -205,7 +207,7 @@ def _score(model: Decoder, selection: Selection, batches: Iterator[Batch], progr
             f"{selection.source}: the loss is not finite; the weights or the dtype overflow (try --dtype float32)"
         )
     return Scored(
-        selection.source, selection.names, selection.languages, nats, selection.ids - 1, selection.bytes,
+        selection.source, selection.names, selection.languages, nats, selection.targets, selection.bytes,
         selection.lossless,
     )  # fmt: skip
 
