@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from .derived import shape, source_names
 from .errors import UsageError
+from .objectives import KINDS, objective_problems
 from .schema import Data, Model, Recipe
 
 POSITIVE = {
@@ -29,18 +30,17 @@ NOT_NEGATIVE = {
 SHARES = {"schedule": ("warmup", "decay", "final")}
 DECAYS = {"optimizer": ("momentum", "beta1", "beta2")}
 CHOICES = {
-    "model.topology": ("decoder",),
-    "model.encoder_pooling": (1,),
-    "model.positions": ("rope",),
-    "model.rope_scaling": ("none",),
-    "model.norm": ("rmsnorm",),
-    "model.norm_placement": ("pre",),
-    "model.feed_forward": ("swiglu",),
-    "model.experts": (0,),
+    "model.topology": ("decoder", "prefix", "encoder-decoder"),
+    "model.encoder_pooling": (1, 2, 4, 8),
+    "model.positions": ("rope", "t5", "none"),
+    "model.rope_scaling": ("none", "ntk", "dynamic", "yarn"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.norm_placement": ("pre", "post", "sandwich"),
+    "model.feed_forward": ("swiglu", "geglu", "gelu", "relu2"),
     "model.router": ("softmax", "sigmoid"),
     "model.balance": ("auxiliary", "bias", "none"),
     "model.exportable_to": ("", "llama", "qwen3", "qwen3-moe", "mixtral", "t5"),
-    "objective.kind": ("causal",),
+    "objective.kind": KINDS,
     "optimizer.transfer": ("width", "none"),
     "schedule.kind": ("wsd", "cosine", "constant"),
     "parallel.dtype": ("auto", "bfloat16", "float32"),
@@ -67,6 +67,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if bad:
         return
     yield from model_problems(recipe.model, recipe.data.tokenizer)
+    yield from objective_problems(recipe)
     yield from length_problems(recipe)
 
 
@@ -109,26 +110,92 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
             f"model.width = {width} is not a multiple of model.heads = {heads}: take a width of {near}, "
             "or set model.head_width"
         )
-    elif (head_width := shape(model).head_width) % 2:
+    elif (head_width := shape(model).head_width) % 2 and model.positions == "rope":
         yield f"a head's width of {head_width} is odd, and RoPE turns pairs: set model.head_width to an even number"
     if heads % model.kv_heads:
         fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         yield f"model.kv_heads = {model.kv_heads} does not divide model.heads = {heads}: take one of {fitting}"
+    yield from encoder_problems(model)
+    yield from rope_problems(model)
+    if model.experts:
+        yield from expert_problems(model)
     if tokenizer == "bpe" and not model.vocabulary:
         yield "model.vocabulary = 0 needs a tokenizer that exists: set its size, or data.tokenizer to a tokenizer.json"
 
 
+def encoder_problems(model: Model) -> Iterator[str]:
+    """Encoders that cannot be, and keys of one that is not there."""
+    keys = ("encoder_layers", "encoder_width", "encoder_hidden", "encoder_context")
+    if model.topology != "encoder-decoder":
+        given = [key for key in keys if getattr(model, key)] + ["encoder_pooling"] * (model.encoder_pooling > 1)
+        if given:
+            yield (
+                f'model.{given[0]} = {getattr(model, given[0])} is for an encoder: set model.topology="encoder-decoder"'
+            )
+        return
+    found = shape(model)
+    if model.heads % model.kv_heads or found.encoder is None:
+        return
+    group = found.head_width * (model.heads // model.kv_heads)
+    if found.encoder_width % group:
+        near = max(1, round(found.encoder_width / group)) * group
+        yield (
+            f"model.encoder_width = {found.encoder_width} is not a multiple of {group}, a key head with its query "
+            f"heads: take {near}"
+        )
+    if model.encoder_pooling.bit_length() > found.encoder_layers:
+        yield (
+            f"model.encoder_pooling = {model.encoder_pooling} halves between layers, and there are only "
+            f"{found.encoder_layers}: take {1 << (found.encoder_layers - 1)}, or more model.encoder_layers"
+        )
+
+
+def rope_problems(model: Model) -> Iterator[str]:
+    """Extensions of RoPE that do not say from where."""
+    if model.rope_scaling == "none":
+        if model.rope_factor != 1.0:
+            yield f"model.rope_factor = {model.rope_factor} is for a model.rope_scaling: choose ntk, dynamic or yarn"
+        return
+    if model.positions != "rope":
+        yield f"model.rope_scaling = {model.rope_scaling!r} scales RoPE, and model.positions is {model.positions!r}"
+    if not 0 < model.rope_original_context <= model.context:
+        yield (
+            f"model.rope_scaling = {model.rope_scaling!r} needs model.rope_original_context, the length trained at, "
+            f"at most model.context = {model.context}; it is {model.rope_original_context}"
+        )
+    if model.rope_factor < 1.0:
+        yield f"model.rope_factor = {model.rope_factor} must be at least 1"
+
+
+def expert_problems(model: Model) -> Iterator[str]:
+    """Routers that cannot choose, or cannot learn to."""
+    if model.top_k > model.experts:
+        yield f"model.top_k = {model.top_k} is more than model.experts = {model.experts}"
+    if model.dense_layers >= model.layers:
+        yield (
+            f"model.dense_layers = {model.dense_layers} leaves none of model.layers = {model.layers} to the experts: "
+            "lower it, or set model.experts=0"
+        )
+    if model.top_k == 1 and model.renormalize:
+        yield (
+            "model.renormalize makes the weight of a single expert always 1, so that the router learns nothing: set "
+            "model.renormalize=false, or model.top_k=2"
+        )
+
+
 def length_problems(recipe: Recipe) -> Iterator[str]:
     """Batch, duration and schedule against each other and against the context."""
-    batch, context, micro = recipe.batch.tokens, recipe.model.context, recipe.parallel.micro_tokens
+    batch, context, micro = recipe.batch.tokens, shape(recipe.model).row_positions, recipe.parallel.micro_tokens
+    two = recipe.model.topology == "encoder-decoder"
+    called = "model.encoder_context + model.context" if two else "model.context"
     if batch % context:
         near = max(1, round(batch / context)) * context
-        yield f"batch.tokens = {batch} is not a multiple of model.context = {context}: take {near}"
+        yield f"batch.tokens = {batch} is not a multiple of {called} = {context}: take {near}"
     elif micro and (batch % micro or micro % context):
         rows = batch // context
         fitting = max((n for n in range(1, rows + 1) if rows % n == 0 and n * context <= micro), default=1) * context
         yield (
-            f"parallel.micro_tokens = {micro} must divide batch.tokens = {batch} and be a multiple of model.context = "
+            f"parallel.micro_tokens = {micro} must divide batch.tokens = {batch} and be a multiple of {called} = "
             f"{context}: take {fitting}"
         )
     duration = recipe.duration
