@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from calledshot.model.positions import relative_bias
 
 BLOCKED_CONTEXT_LIMIT = 2048
 """Longest sequence for which the score blocks are kept for the backward; past it, memory would grow with its square."""
@@ -42,6 +45,11 @@ class Mask:
     """None where they are the queries' own."""
     regions_BT: Tensor | None = None
     """None where all is causal; queries and keys must be the same tokens."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether no key is seen before its time."""
+        return self.ordered and self.regions_BT is None
 
     @property
     def plainly_causal(self) -> bool:
@@ -76,8 +84,7 @@ class Mask:
         blocks = next((n for n in (4, 2) if self.queries % n == 0 and self.queries // n >= 64), 1)
         rows = self.queries // blocks
         for start in range(0, self.queries, rows):
-            causal = self.ordered and self.regions_BT is None
-            yield start, start + rows, start + rows if causal else self.keys
+            yield start, start + rows, start + rows if self.causal else self.keys
 
     def biases(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What is added to the scores of each row block, (B or 1, R, S): 0 where seen and -inf elsewhere."""
@@ -122,23 +129,34 @@ class Seen:
     """For FlexAttention, where that is taken."""
     head_biases: tuple[Tensor, ...] = ()
     """T5's bias by head, (H, R, S): of the blocks of rows on the CPU path, else of all rows."""
+    table_HR: Tensor | None = None
+    """What T5's bias is made of, where all of it at once would take too much memory."""
 
-
-HeadBias = Callable[[int, int, int], Tensor]
-"""Gives the bias (H, stop - start, keys) of the queries from `start` to `stop` on the first `keys` keys."""
+    @property
+    def biased(self) -> bool:
+        """Whether each head adds a bias of its own."""
+        return bool(self.head_biases) or self.table_HR is not None
 
 
 def ready(
-    mask: Mask, device: torch.device, dtype: torch.dtype, *, blocked: bool, head_bias: HeadBias | None = None
+    mask: Mask, device: torch.device, dtype: torch.dtype, *, blocked: bool, table_HR: Tensor | None = None
 ) -> Seen:
-    """Chooses the path: blocks of plain products for CPUs that compile (`blocked`), FlexAttention on GPUs, or SDPA."""
+    """Chooses the path: blocks of plain products for CPUs that compile (`blocked`), FlexAttention on GPUs, or SDPA.
+
+    `table_HR` makes T5's bias.
+    """
+
+    def heads(blocks: Iterable[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+        return () if table_HR is None else tuple(relative_bias(table_HR, *b, ordered=mask.ordered) for b in blocks)
+
     if blocked and max(mask.queries, mask.keys) <= BLOCKED_CONTEXT_LIMIT:
-        heads = () if head_bias is None else tuple(head_bias(*block) for block in mask.row_blocks())
-        return Seen(mask, biases=mask.biases(dtype), head_biases=heads)
-    heads = () if head_bias is None else (head_bias(0, mask.queries, mask.keys),)
+        return Seen(mask, biases=mask.biases(dtype), head_biases=heads(mask.row_blocks()))
+    whole = [(0, mask.queries, mask.keys)]
     if device.type == "cuda" and not (mask.plainly_causal or mask.open):
-        return Seen(mask, block_mask=mask.block_mask(), head_biases=heads)
-    return Seen(mask, head_biases=heads)
+        return Seen(mask, block_mask=mask.block_mask(), head_biases=heads(whole))
+    if table_HR is not None and len(table_HR) * mask.queries * mask.keys > MASK_ENTRIES:
+        return Seen(mask, table_HR=table_HR)
+    return Seen(mask, head_biases=heads(whole))
 
 
 def attend(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: Seen) -> Tensor:
@@ -151,23 +169,40 @@ def attend(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: Seen) -> Tenso
     mask = seen.mask
     if seen.block_mask is not None:
         y_BHTC = _flex(q_BHTC, k_BKSC, v_BKSC, seen)
-    elif not seen.head_biases and (mask.plainly_causal or mask.open):
+    elif not seen.biased and (mask.plainly_causal or mask.open):
         # Exact, since a mask in order has as many keys as queries.
         y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, is_causal=mask.ordered, enable_gqa=G > 1)
     else:
-        rows = max(1, MASK_ENTRIES // (B * mask.keys))
-        parts = []
-        for start in range(0, T, rows):
-            stop = min(start + rows, T)
-            bias: Tensor = mask.allowed(start, stop, mask.keys).unsqueeze(1).to(q_BHTC.device)
-            for bias_HTS in seen.head_biases:
-                bias = bias_HTS[:, start:stop].to(q_BHTC.dtype).masked_fill(~bias, -torch.inf)
-            part = F.scaled_dot_product_attention(
-                q_BHTC[:, :, start:stop], k_BKSC, v_BKSC, attn_mask=bias, enable_gqa=G > 1
-            )
-            parts.append(part)
-        y_BHTC = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        y_BHTC = _attend_in_parts(q_BHTC, k_BKSC, v_BKSC, seen)
     return y_BHTC.transpose(1, 2).reshape(B, T, K, G, C)
+
+
+def _attend_in_parts(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, seen: Seen) -> Tensor:
+    """SDPA with the mask written out for so many queries at a time as `MASK_ENTRIES` allows, (B, H, T, C)."""
+    mask, table_HR = seen.mask, seen.table_HR
+
+    def part(q_BHRC: Tensor, start: int, stop: int, keys: int) -> Tensor:
+        bias: Tensor = mask.allowed(start, stop, keys).unsqueeze(1).to(q_BHRC.device)
+        bias_HRS = seen.head_biases[0][:, start:stop, :keys] if seen.head_biases else None
+        if table_HR is not None:
+            bias_HRS = relative_bias(table_HR, start, stop, keys, ordered=mask.ordered)
+        if bias_HRS is not None:
+            bias = bias_HRS.to(q_BHRC.dtype).masked_fill(~bias, -torch.inf)
+        k_BKUC, v_BKUC = k_BKSC[:, :, :keys], v_BKSC[:, :, :keys]
+        return F.scaled_dot_product_attention(q_BHRC, k_BKUC, v_BKUC, attn_mask=bias, enable_gqa=k_BKSC.size(1) < H)
+
+    B, H, T, _ = q_BHTC.shape
+    rows = max(1, MASK_ENTRIES // (B * mask.keys * (H if seen.biased else 1)))
+    if rows >= T:
+        return part(q_BHTC, 0, T, mask.keys)
+    parts = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        keys = stop if mask.causal else mask.keys
+        # Otherwise the backward would keep each part's mask, and so the whole of it, once a layer.
+        rows_BHRC = q_BHTC[:, :, start:stop]
+        parts.append(checkpoint(part, rows_BHRC, start, stop, keys, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, 2)
 
 
 @functools.cache
@@ -199,14 +234,17 @@ class _BlockOfRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_NRC, k_NSC, v_NSC, bias_BRS, head_bias_KGRS, groups, scale):
+    def forward(ctx, q_NRC, k_NSC, v_NSC, bias_BRS, head_bias_KGRS, groups, scale, some_blind):
         N, S = len(k_NSC), k_NSC.size(1)
         B, rows = bias_BRS.shape[:2]
         scores = torch.bmm(q_NRC, k_NSC.transpose(1, 2)).view(B, N // B, groups, rows, S).float() * scale
         scores = scores + bias_BRS[:, None, None].float()
         if head_bias_KGRS is not None:
             scores = scores + head_bias_KGRS.float()
-        weights_NRS = scores.softmax(-1).to(v_NSC.dtype).view(N, groups * rows, S)
+        weights = scores.softmax(-1)
+        if some_blind:  # what sees nothing gives zero, as in SDPA and FlexAttention, and not 0 / 0
+            weights = weights.masked_fill((bias_BRS == -torch.inf).all(-1, keepdim=True)[:, None, None], 0.0)
+        weights_NRS = weights.to(v_NSC.dtype).view(N, groups * rows, S)
         ctx.save_for_backward(q_NRC, k_NSC, v_NSC, weights_NRS)
         ctx.scale, ctx.head_bias = scale, None if head_bias_KGRS is None else head_bias_KGRS.shape
         return torch.bmm(weights_NRS, v_NSC)
@@ -224,7 +262,7 @@ class _BlockOfRows(torch.autograd.Function):
         q_gradient = torch.bmm(slope_NRS, k_NSC)
         k_gradient = torch.bmm(slope_NRS.transpose(1, 2), q_NRC)
         v_gradient = torch.bmm(weights_NRS.transpose(1, 2), gradient_NRC)
-        return q_gradient, k_gradient, v_gradient, None, bias_gradient, None, None
+        return q_gradient, k_gradient, v_gradient, None, bias_gradient, None, None, None
 
 
 def _attend_in_blocks(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: Seen) -> Tensor:
@@ -233,6 +271,8 @@ def _attend_in_blocks(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: See
     q_BKGTC = q_BTKGC.permute(0, 2, 3, 1, 4)
     k_NSC = k_BSKC.transpose(1, 2).reshape(B * K, S, C)
     v_NSC = v_BSKC.transpose(1, 2).reshape(B * K, S, C)
+    # Inside a stack each token sees itself; across stacks a document, or padding, may have no counterpart.
+    some_blind = seen.mask.key_documents_BS is not None
     outputs = []
     start = 0
     for number, bias in enumerate(seen.biases):
@@ -241,7 +281,7 @@ def _attend_in_blocks(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: See
         bias_BRS = bias.expand(B, -1, -1)
         head_bias_KGRS = seen.head_biases[number].unflatten(0, (K, G)) if seen.head_biases else None
         output_NRC = _BlockOfRows.apply(
-            q_NRC, k_NSC[:, :keys], v_NSC[:, :keys], bias_BRS, head_bias_KGRS, G, 1.0 / math.sqrt(C)
+            q_NRC, k_NSC[:, :keys], v_NSC[:, :keys], bias_BRS, head_bias_KGRS, G, 1.0 / math.sqrt(C), some_blind
         )
         outputs.append(output_NRC.view(B, K, G, stop - start, C))
         start = stop

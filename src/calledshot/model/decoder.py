@@ -38,9 +38,12 @@ from calledshot.model.attention import Mask, Seen, ready
 from calledshot.model.block import Block, Crossing, LayerCache, normalize
 from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
 from calledshot.model.packing import can_pack, pack, packed_linear
-from calledshot.model.positions import relative_bias, relative_bucket, rotary
+from calledshot.model.positions import relative_bucket, rotary
 from calledshot.recipe import schema, shape
 from calledshot.recipe.derived import Shape, Stack
+
+CACHE_SCORES = 2**26
+"""Scores over a cache that stand in memory together."""
 
 
 @dataclass(frozen=True)
@@ -222,11 +225,8 @@ class Decoder(nn.Module):
         return rotary(positions_BT, self.derived, self.derived.head_width)
 
     def _ready(self, mask: Mask, table_HR: Tensor | None = None) -> Seen:
-        head_bias = None
-        if table_HR is not None:
-            head_bias = lambda start, stop, keys: relative_bias(table_HR, start, stop, keys, ordered=mask.ordered)  # noqa: E731
         like = self.embedding_VD
-        return ready(mask, like.device, like.dtype, blocked=self.blocked_attention, head_bias=head_bias)
+        return ready(mask, like.device, like.dtype, blocked=self.blocked_attention, table_HR=table_HR)
 
     def _normalized(self, x: Tensor, gain_D: Tensor | None) -> Tensor:
         return x if gain_D is None else normalize(x, gain_D, self.config.norm_epsilon, self.config.norm)
@@ -298,13 +298,25 @@ class Decoder(nn.Module):
         regions_BT: Tensor | None,
         encoder_inputs: EncoderInputs | None,
     ) -> Tensor:
-        begins, T = positions_BT is None, tokens_BT.size(1)
-        if positions_BT is None:
-            positions_BT = torch.arange(T, device=tokens_BT.device)[None].expand_as(tokens_BT)
-        cross_bias_B1S = cache.cross_bias_B1S
+        cross_bias_B1S, begins = cache.cross_bias_B1S, positions_BT is None
         if encoder_inputs is not None:
             assert cross_bias_B1S is not None
             self._keep_encoded(encoder_inputs, cache, cross_bias_B1S)
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=tokens_BT.device)[None].expand_as(tokens_BT)
+        reach = max(cache.encoded, 0 if begins else cache.capacity)
+        piece = max(1, CACHE_SCORES // max(1, B * self.config.heads * reach))
+        if piece < T:
+            parts = []
+            for start in range(0, T, piece):
+                new = slice(start, start + piece)
+                at_BT = positions_BT[:, new]
+                reached = cache.part(slice(B), int(at_BT.max()) + 1)
+                parts.append(
+                    self._cached(tokens_BT[:, new], None if begins and not start else at_BT, reached, regions_BT, None)
+                )
+            return torch.cat(parts, 1)
         x_BTD = F.embedding(tokens_BT, self.embedding_VD)
         cos, sin = self._rotary(positions_BT)
         seen = bias_BTS = head_bias_BHTS = None
@@ -331,10 +343,14 @@ class Decoder(nn.Module):
         S = encoded_BSD.size(1)
         bias_B1S.fill_(-torch.inf)
         bias_B1S[:, :, :S] = 0.0
-        if documents_BS is not None:
-            bias_B1S[:, 0, :S].masked_fill_(documents_BS < 0, -torch.inf)
+        if documents_BS is None:
+            documents_BS = torch.zeros(encoded_BSD.shape[:2], device=encoded_BSD.device)
+        padding_BS = documents_BS < 0
+        # A row of padding alone sees zeros: no weights could be made of scores that are all -inf.
+        bias_B1S[:, 0, :S].masked_fill_(padding_BS & ~padding_BS.all(1, keepdim=True), -torch.inf)
         for block, keys, values in zip(self.blocks, cache.cross_keys, cache.cross_values, strict=True):
             k, v = block.cross_keys_values(encoded_BSD)  # ty: ignore
+            v = v.masked_fill(padding_BS[:, :, None, None], 0.0)
             keys[:, :, :S], values[:, :, :S] = k.transpose(1, 2), v.transpose(1, 2)
 
     @torch.no_grad()
