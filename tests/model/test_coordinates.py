@@ -45,7 +45,7 @@ def scales(optimizer: str, width: int, *, transfer: str = "width", layers: int =
         x_BTD = F.embedding(inputs, decoder.embedding_VD)
         cos, sin = rotary(torch.arange(CONTEXT).expand_as(inputs), model, 32)
         for number, block in enumerate(decoder.blocks):
-            before_BTD, x_BTD = x_BTD, block(x_BTD, cos, sin, Seen(Mask(CONTEXT, CONTEXT)))
+            before_BTD, x_BTD = x_BTD, block(x_BTD, cos, sin, Seen(Mask(CONTEXT, CONTEXT)))[0]
             found[f"block {number}"] = float((x_BTD - before_BTD).square().mean().sqrt())
         found["stream"] = float(x_BTD.square().mean().sqrt())
         found["logits"] = float(decoder.logits(decoder.hidden_states(inputs)).square().mean().sqrt())

@@ -98,7 +98,7 @@ def test_no_gradient_crosses_a_document(blocked):
     mask = Mask(128, 128, documents_BT=documents)
     seen = ready(mask, torch.device("cpu"), torch.float32, blocked=blocked)
     x_BTD = torch.randn(2, 128, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    y_BTD = decoder.blocks[0](x_BTD, cos, sin, seen)
+    y_BTD, _ = decoder.blocks[0](x_BTD, cos, sin, seen)
     allowed_BTS = mask.allowed(0, 128, 128)
     for t in range(128):
         (gradient_BTD,) = torch.autograd.grad(y_BTD[:, t].square().sum(), x_BTD, retain_graph=True)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from calledshot.model.activation import activate
 from calledshot.model.attention import Seen, attend, attend_cached
+from calledshot.model.experts import Experts
 from calledshot.model.packing import packed_linear
 from calledshot.model.positions import rotate
+from calledshot.model.routing import Auxiliary
 from calledshot.recipe.derived import GATED, Shape, Stack
 
 
@@ -57,7 +59,8 @@ def normalize(x: Tensor, gain: Tensor, epsilon: float, kind: str) -> Tensor:
 class Block(nn.Module):
     """Branches, each normalized before and added to the stream, or as `norm_placement` has it."""
 
-    def __init__(self, model: Shape, stack: Stack) -> None:
+    def __init__(self, model: Shape, stack: Stack, *, sparse: bool = False) -> None:
+        """`sparse` puts experts in the place of the feed-forward."""
         super().__init__()
         D, K, C, hidden = stack.width, stack.kv_heads, model.head_width, stack.hidden
         self.model, self.groups, self.epsilon = model, stack.heads // K, model.norm_epsilon
@@ -80,11 +83,13 @@ class Block(nn.Module):
             self.cross_out_DHC = nn.Parameter(torch.empty(D, stack.heads * C))
             self.cross_post_norm_D = gains(D, sandwich)
         self.feed_forward_norm_D = nn.Parameter(torch.empty(D))
-        if model.feed_forward in GATED:
+        self.experts = Experts(model, D) if sparse else None
+        if not sparse and model.feed_forward in GATED:
             self.gate_up_2FD = nn.Parameter(torch.empty(2, hidden, D))
-        else:
+        elif not sparse:
             self.up_FD = nn.Parameter(torch.empty(hidden, D))
-        self.down_DF = nn.Parameter(torch.empty(D, hidden))
+        if not sparse:
+            self.down_DF = nn.Parameter(torch.empty(D, hidden))
         self.feed_forward_post_norm_D = gains(D, sandwich)
 
     def forward(
@@ -95,15 +100,19 @@ class Block(nn.Module):
         seen: Seen | None,
         crossing: Crossing | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """(B, T, D) to (B, T, D). `seen` may be None where the cache brings a bias."""
+        real_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Auxiliary | None]:
+        """(B, T, D) to (B, T, D), and what experts say beside it. `seen` may be None where the cache brings a bias;
+        `real_BT` marks the tokens that experts' losses are of.
+        """
         h_BTD = self._before(x_BTD, self.attention_norm_D)
         x_BTD = self._add(x_BTD, self._attention(h_BTD, cos, sin, seen, cache), "attention")
         if crossing is not None:
             h_BTD = self._before(x_BTD, self.cross_norm_D)
             x_BTD = self._add(x_BTD, self._cross_attention(h_BTD, crossing), "cross")
         h_BTD = self._before(x_BTD, self.feed_forward_norm_D)
-        return self._add(x_BTD, self._feed_forward(h_BTD), "feed_forward")
+        y_BTD, record = self._feed_forward(h_BTD) if self.experts is None else self.experts(h_BTD, real_BT)
+        return self._add(x_BTD, y_BTD, "feed_forward"), record
 
     def _before(self, x_BTD: Tensor, gain_D: Tensor) -> Tensor:
         if self.model.norm_placement == "post":
@@ -165,10 +174,10 @@ class Block(nn.Module):
             k = normalize(k, self.cross_key_norm_C, self.epsilon, "rmsnorm")
         return k, v
 
-    def _feed_forward(self, h_BTD: Tensor) -> Tensor:
+    def _feed_forward(self, h_BTD: Tensor) -> tuple[Tensor, None]:
         kind = self.model.feed_forward
         first = "gate_up_2FD" if kind in GATED else "up_FD"
-        return self._linear(activate(self._linear(h_BTD, first), kind), "down_DF")
+        return self._linear(activate(self._linear(h_BTD, first), kind), "down_DF"), None
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         """`x` by a parameter, whose axes before the last are its rows."""

@@ -15,6 +15,7 @@ Parameters are stored so that the last two axes are always one matrix and the ax
 | blocks.N.cross_out_DHC | (D, H * C) | zero |
 | blocks.N.gate_up_2FD, or up_FD where not gated | (2, F, D), (F, D) | normal, 1 / sqrt(D) |
 | blocks.N.down_DF | (D, F) | zero |
+| blocks.N.experts.… | see experts.py | as the dense feed-forward; the router normal, 1 / sqrt(D) |
 | head_VD, unless tied | (V, D) | zero |
 | relative_bias_HR (T5's positions) | (H, 32) | zero |
 | gains | (D,) or (C,) | one |
@@ -39,6 +40,7 @@ from calledshot.model.block import Block, Crossing, LayerCache, normalize
 from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
 from calledshot.model.packing import can_pack, pack, packed_linear
 from calledshot.model.positions import relative_bucket, rotary
+from calledshot.model.routing import Auxiliary
 from calledshot.recipe import schema, shape
 from calledshot.recipe.derived import Shape, Stack
 
@@ -124,9 +126,14 @@ class Encoder(nn.Module):
         super().__init__()
         own = stack.width != model.width
         self.embedding_VD = nn.Parameter(torch.empty(model.vocabulary, stack.width)) if own else None
-        self.blocks = nn.ModuleList(Block(model, stack) for _ in range(stack.layers))
+        self.blocks = _blocks(model, stack)
         self.final_norm_D = None if model.norm_placement == "post" else nn.Parameter(torch.empty(stack.width))
         self.relative_bias_HR = nn.Parameter(torch.empty(stack.heads, 32)) if model.positions == "t5" else None
+
+
+def _blocks(model: Shape, stack: Stack) -> nn.ModuleList:
+    sparse = [model.experts > 0 and number >= model.dense_layers for number in range(stack.layers)]
+    return nn.ModuleList(Block(model, stack, sparse=each) for each in sparse)
 
 
 def pool(x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -158,7 +165,7 @@ class Decoder(nn.Module):
         self.config, self.derived = config, shape(config)
         derived = self.derived
         self.embedding_VD = nn.Parameter(torch.empty(derived.vocabulary, config.width))
-        self.blocks = nn.ModuleList(Block(derived, derived.decoder) for _ in range(config.layers))
+        self.blocks = _blocks(derived, derived.decoder)
         self.final_norm_D = None if config.norm_placement == "post" else nn.Parameter(torch.empty(config.width))
         self.separate_head_VD = (
             None if config.tied_embeddings else nn.Parameter(torch.empty(derived.vocabulary, config.width))
@@ -166,6 +173,8 @@ class Decoder(nn.Module):
         self.relative_bias_HR = nn.Parameter(torch.empty(config.heads, 32)) if config.positions == "t5" else None
         self.encoder = None if derived.encoder is None else Encoder(derived, derived.encoder)
         self.reading = Reading()
+        self.records: list[Auxiliary] = []
+        """What the experts of each layer said in the last pass of `loss`."""
         self.blocked_attention = True
         """Whether the CPU takes the path for compiled blocks."""
         self.compiled = False
@@ -194,12 +203,14 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, scale, generator=generator)
             elif kind in ("separate_head_VD", "relative_bias_HR"):
                 parameter.zero_()
-            elif kind in ("out_DHC", "cross_out_DHC", "down_DF") and not sandwich:
+            elif kind in ("out_DHC", "cross_out_DHC", "down_DF", "down_EDF", "shared_down_DF") and not sandwich:
                 parameter.zero_()
             elif kind.endswith(("norm_D", "norm_C")):
                 parameter.fill_(branches**-0.5 if kind.endswith("post_norm_D") else 1.0)
             else:
                 parameter.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def compile_blocks(self) -> None:
         """Compile each block (one graph serves all of a stack) and the loss. Whole-model compilation took 58 to 115 s
@@ -212,11 +223,16 @@ class Decoder(nn.Module):
     def _stack(
         self, blocks: nn.ModuleList, x_BTD: Tensor, positions_BT: Tensor, seen: Seen, crossing: Crossing | None = None
     ) -> Tensor:
+        real_BT = None
+        if self.config.experts and seen.mask.documents_BT is not None:
+            real_BT = seen.mask.documents_BT >= 0
         cos, sin = self._rotary(positions_BT)
         for block in blocks:
             # Compiled code is for training: without gradients each new shape would be compiled once more.
             run = block if torch.is_grad_enabled() else block.forward
-            x_BTD = run(x_BTD, cos, sin, seen, crossing)
+            x_BTD, record = run(x_BTD, cos, sin, seen, crossing, None, real_BT)
+            if record is not None:
+                self.records.append(record)
         return x_BTD
 
     def _rotary(self, positions_BT: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -334,7 +350,7 @@ class Decoder(nn.Module):
             if self.encoder is not None:
                 cross = cache.cross_keys[number], cache.cross_values[number]
                 crossing = Crossing(None, None, *cross, cross_bias_B1S)
-            x_BTD = block.forward(x_BTD, cos, sin, seen, crossing, layer)
+            x_BTD, _ = block.forward(x_BTD, cos, sin, seen, crossing, layer)
         return self._normalized(x_BTD, self.final_norm_D)
 
     def _keep_encoded(self, inputs: EncoderInputs, cache: Cache, bias_B1S: Tensor) -> None:
@@ -384,8 +400,8 @@ class Decoder(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Block):
 
-                def note(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                    scales[name] = _scale(output)
+                def note(_: nn.Module, __: object, output: tuple[Tensor, object], name: str = name) -> None:
+                    scales[name] = _scale(output[0])
 
                 hooks.append(module.register_forward_hook(note))
         compiled = [(block, block._compiled_call_impl) for block in self.all_blocks]
@@ -421,16 +437,19 @@ class Decoder(nn.Module):
         """Weighted cross-entropy and z-loss times `scale` (nats; see `chunked_cross_entropy`); `reading` as for
         `hidden_states`.
         """
+        self.records.clear()
         hidden_BTD = self.hidden_states(inputs_BT, **reading)  # ty: ignore
         return chunked_cross_entropy(
             hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), weights_BT.flatten(),
             scale=scale, softcap=self.config.softcap, z_loss=z_loss, compiled=self.compiled,
         )  # fmt: skip
 
+    def auxiliary_loss(self) -> Tensor:
+        """Balance and router z-loss of the last pass of `loss`, a mean over the layers of experts (nats)."""
+        return torch.stack([record.loss for record in self.records]).mean()
+
     @torch.no_grad()
-    def token_losses(
-        self, inputs_BT: Tensor, targets_BT: Tensor, **reading: Tensor | EncoderInputs | None
-    ) -> Tensor:
+    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, **reading: Tensor | EncoderInputs | None) -> Tensor:
         """Cross-entropy of every target in nats, float32 (B, T); `reading` as for `hidden_states`."""
         hidden_BTD = self.hidden_states(inputs_BT, **reading)  # ty: ignore
         flat_N = token_losses(hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), self.config.softcap)

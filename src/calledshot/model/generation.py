@@ -167,7 +167,9 @@ class Decoding:
             each.given = len(given)
         longest, first = max(each.given for each in group), len(self.active)
         encoded = max(len(read) for read, _, _ in put)
-        self._fit(first + len(group), max(longest, max((each.position for each in self.active), default=0)) + 1, encoded)
+        self._fit(
+            first + len(group), max(longest, max((each.position for each in self.active), default=0)) + 1, encoded
+        )
         device = self.model.embedding_VD.device
         # Padding stands behind: nothing before it sees it, and tokens to come overwrite it in the cache.
         tokens_BT = torch.tensor([[*given, *[0] * (longest - len(given))] for _, given, _ in put], device=device)

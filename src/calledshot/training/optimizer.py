@@ -41,6 +41,14 @@ class Slot:
     gradient: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Working copy and master, flat; one tensor where the parameter is its own master, since the compiler takes no
+        two views of one memory.
+        """
+        master = self.master.view(-1)
+        own = self.working.data_ptr() == self.master.data_ptr()
+        return (master if own else self.working.data.view(-1)), master
+
     def collect(self) -> None:
         """Take over the gradient that a backward pass left; the second and later micro-batches add up in float32."""
         gradient, self.working.grad = self.working.grad, None
@@ -168,9 +176,7 @@ class AdamW(Part):
                 1.0 - settings.beta1**number, 1.0 - settings.beta2**number, settings.epsilon,
             )  # fmt: skip
             assert slot.gradient is not None
-            flat = [
-                t.view(-1) for t in (slot.working.data, slot.master, slot.gradient.contiguous(), *slot.state.values())
-            ]
+            flat = [*slot.flat(), *(t.view(-1) for t in (slot.gradient.contiguous(), *slot.state.values()))]
             # Numbers that change go in as tensors: as Python floats each step would be compiled anew.
             squares[slot.name] = self.kernel(*flat, clip, *(torch.tensor(s, device=clip.device) for s in scalars))
         return squares
@@ -226,8 +232,7 @@ class Muon(Part):
                 rows, columns = slot.master.shape[-2:]
                 rate = rates[slot.group]
                 squares[slot.name] = self.apply(
-                    slot.working.data.view(-1), slot.master.view(-1),
-                    (direction.mT if rows > columns else direction).contiguous().view(-1),
+                    *slot.flat(), (direction.mT if rows > columns else direction).contiguous().view(-1),
                     scalar(rate), scalar(rate * math.sqrt(max(1.0, rows / columns))), scalar(settings.weight_decay),
                 )  # fmt: skip
         return squares

@@ -14,6 +14,7 @@ import torch
 from calledshot import machine
 from calledshot.data import Batches, HeldOut, Prepared
 from calledshot.model import BatchTensors, Decoder, continuing
+from calledshot.model.routing import load_figures
 from calledshot.objective import Batch
 from calledshot.recipe import Recipe, RunError, UsageError, cost, shape
 from calledshot.recipe.cost import activation_bytes
@@ -69,6 +70,8 @@ class Trainer:
         self.peaks: list[float] = []
         self.peak_probed = -math.inf
         self.rates: list[float] = []
+        self.load_LE: Tensor | None = None
+        """Share of the last step's choices that each expert of each layer got."""
         self.meter, self.energy_before = EnergyMeter(self.device), 0.0
         self.held_out = HeldOut(prepared, recipe)
         self._build()
@@ -98,11 +101,11 @@ class Trainer:
             model = Decoder(self.recipe.model)
         model.to_empty(device=self.device)
         model.initialise(torch.Generator(self.device).manual_seed(self.recipe.seed))
-        masters = {name: parameter.data for name, parameter in model.named_parameters()}
+        masters = {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         self.model = model.to(getattr(torch, self.machine.dtype))
         self.model.reading = continuing(self.recipe, self.prepared.tokenizer)
         if self.machine.dtype == "float32":
-            masters = {name: parameter.data for name, parameter in self.model.named_parameters()}
+            masters |= {name: parameter.data for name, parameter in self.model.named_parameters()}
         self.masters = masters
         self.model.blocked_attention = self.device.type == "cpu" and self.machine.compile
         if self.machine.compile:
@@ -279,6 +282,9 @@ class Trainer:
             "step_seconds": seconds,
             "memory_bytes": memory_bytes(self.device),
         }
+        if self.load_LE is not None:
+            figures = [load_figures(load_E) for load_E in self.load_LE.cpu()]
+            row["experts"] = {key: statistics.mean(each[key] for each in figures) for key in figures[0]}
         if norms:
             gradients = {
                 slot.name: float(torch.linalg.vector_norm(slot.gradient, dtype=torch.float32))
@@ -300,12 +306,18 @@ class Trainer:
         scale = 1.0 / tensors.weights.sum().clamp(min=1.0)
         loss = torch.zeros((), device=self.device)
         z_loss = torch.zeros((), device=self.device)
+        loads: list[Tensor] = []
         for start in range(0, len(batch.inputs), rows):
             part = tensors.rows(start, start + rows)
             micro_loss, micro_z = self.model.loss(
                 part.inputs, part.targets, part.weights, scale, self.recipe.objective.z_loss, **part.reading
             )
-            (micro_loss + micro_z).backward()
+            total = micro_loss + micro_z
+            if self.model.records:
+                share = part.weights.sum() * scale
+                total = total + self.model.auxiliary_loss() * share
+                loads.append(torch.stack([record.load_E for record in self.model.records]) * share)
+            total.backward()
             loss += micro_loss.detach()
             z_loss += micro_z.detach()
             for slot in self.optimizer.slots:
@@ -315,6 +327,10 @@ class Trainer:
         if not all(map(math.isfinite, values)):
             return (*values, None)
         squares = self.optimizer.step(self.counters.updates + 1, norm, factor)
+        self.load_LE = torch.stack(loads).sum(0) if loads else None
+        if self.load_LE is not None and self.recipe.model.balance == "bias":
+            for block, load_E in zip((one for one in self.model.all_blocks if one.experts), self.load_LE, strict=True):
+                block.experts.update_bias(load_E)
         self.counters.updates += 1
         names, sums = list(squares), torch.stack(list(squares.values())).tolist()
         return (*values, dict(zip(names, sums, strict=True)))
