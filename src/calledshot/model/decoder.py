@@ -48,6 +48,10 @@ CACHE_SCORES = 2**26
 """Scores over a cache that stand in memory together."""
 
 
+ENDS = ("out_DHC", "cross_out_DHC", "down_DF", "down_EDF", "shared_down_DF")
+"""Parameters that branches end in."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of what was read so far: per layer (B, K, S, C). A row holds positions 0, 1, 2, ... in order.
@@ -79,8 +83,9 @@ class Cache:
     def part(self, rows: slice, capacity: int) -> Cache:
         """A view of some rows, up to `capacity` positions of each."""
         keys, values = ([each[rows, :, :capacity] for each in layers] for layers in (self.keys, self.values))
-        cross = ([each[rows] for each in layers] for layers in (self.cross_keys, self.cross_values))
-        return Cache(keys, values, *cross, None if self.cross_bias_B1S is None else self.cross_bias_B1S[rows])
+        cross_keys, cross_values = ([each[rows] for each in layers] for layers in (self.cross_keys, self.cross_values))
+        bias_B1S = None if self.cross_bias_B1S is None else self.cross_bias_B1S[rows]
+        return Cache(keys, values, cross_keys, cross_values, bias_B1S)
 
     def copy_from(self, other: Cache) -> None:
         """Take over what `other` holds, as far as both reach."""
@@ -201,9 +206,7 @@ class Decoder(nn.Module):
             if kind == "embedding_VD":
                 scale = self.config.width**-0.75 if self.config.tied_embeddings else 1.0
                 parameter.normal_(0.0, scale, generator=generator)
-            elif kind in ("separate_head_VD", "relative_bias_HR"):
-                parameter.zero_()
-            elif kind in ("out_DHC", "cross_out_DHC", "down_DF", "down_EDF", "shared_down_DF") and not sandwich:
+            elif kind in ("separate_head_VD", "relative_bias_HR") or (kind in ENDS and not sandwich):
                 parameter.zero_()
             elif kind.endswith(("norm_D", "norm_C")):
                 parameter.fill_(branches**-0.5 if kind.endswith("post_norm_D") else 1.0)

@@ -30,12 +30,7 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
     start, so that cached keys stay right. YaRN is Peng et al. 2023, arXiv 2309.00071, with the ramp of `transformers`'
     modeling_rope_utils.py.
     """
-    base, factor = model.rope_base, model.rope_factor
-    if model.rope_scaling == "ntk":
-        base *= factor ** (width / (width - 2))
-    elif model.rope_scaling == "dynamic":
-        stretched = factor * model.context / model.rope_original_context - (factor - 1)
-        base *= stretched ** (width / (width - 2))
+    base, factor = raised_base(model, width), model.rope_factor
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     kept = base**-exponents
     if model.rope_scaling != "yarn":
@@ -48,6 +43,16 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
     low, high = max(math.floor(pair(YARN_FAST)), 0), min(math.ceil(pair(YARN_SLOW)), width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     return kept * (1 - ramp) + kept / factor * ramp, 0.1 * math.log(factor) + 1.0
+
+
+def raised_base(model: schema.Model, width: int) -> float:
+    """RoPE's base for heads of `width`, with what "ntk" and "dynamic" multiply it by."""
+    stretch = 1.0
+    if model.rope_scaling == "ntk":
+        stretch = model.rope_factor
+    elif model.rope_scaling == "dynamic":
+        stretch = model.rope_factor * model.context / model.rope_original_context - (model.rope_factor - 1)
+    return model.rope_base * stretch ** (width / (width - 2)) if stretch != 1.0 else model.rope_base
 
 
 def rotary(positions_BT: Tensor, model: schema.Model, width: int) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,9 @@ def write_samples(model: Decoder, tokenizer: Tokenizer, recipe: Recipe, run: Run
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=recipe.seed)
     requests = []
     for prompt in recipe.evals.prompts:
-        ids = [tokenizer.begin, *tokenizer.encode(prompt)][-(recipe.model.context - 4) :]  # room for a mode token and a gap
+        ids = [tokenizer.begin, *tokenizer.encode(prompt)][
+            -(recipe.model.context - 4) :
+        ]  # room for a mode token and a gap
         requests.append(Request(tuple(ids), recipe.evals.sample_tokens, sampling, frozenset({tokenizer.end})))
     for prompt, made in zip(recipe.evals.prompts, generate(model, requests, vocabulary=tokenizer.size), strict=True):
         run.writer("samples").append({"step": step, "prompt": prompt, "text": tokenizer.decode(made.tokens)})

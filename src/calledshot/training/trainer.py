@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calledshot import machine
 from calledshot.data import Batches, HeldOut, Prepared
@@ -329,8 +330,9 @@ class Trainer:
         squares = self.optimizer.step(self.counters.updates + 1, norm, factor)
         self.load_LE = torch.stack(loads).sum(0) if loads else None
         if self.load_LE is not None and self.recipe.model.balance == "bias":
-            for block, load_E in zip((one for one in self.model.all_blocks if one.experts), self.load_LE, strict=True):
-                block.experts.update_bias(load_E)
+            sparse = [block.experts for block in self.model.all_blocks if block.experts is not None]
+            for experts, load_E in zip(sparse, self.load_LE, strict=True):
+                experts.update_bias(load_E)
         self.counters.updates += 1
         names, sums = list(squares), torch.stack(list(squares.values())).tolist()
         return (*values, dict(zip(names, sums, strict=True)))
