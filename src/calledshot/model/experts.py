@@ -1,0 +1,100 @@
+"""A sparse feed-forward: each token goes to the few experts that a router chooses for it, and none is dropped.
+
+Shapes, as suffixes: N tokens, D width, E experts, K experts a token, F hidden width of an expert, R rows sorted by
+expert.
+
+| parameter | shape | |
+|---|---|---|
+| router_ED | (E, D) | float32 whatever the model is cast to |
+| gate_up_E2FD, or up_EFD where not gated | (E, 2, F, D), (E, F, D) | |
+| down_EDF | (E, D, F) | |
+| shared_gate_up_2FD, or shared_up_FD; shared_down_DF | as a dense feed-forward's | only with a shared expert |
+| bias_E | (E,) | buffer, float32, from zero; only where `balance` is `bias` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calledshot.model.activation import activate
+from calledshot.model.grouped import grouped_linear
+from calledshot.model.routing import Auxiliary, Combine, Dispatch, arrange, auxiliary, choose, tile_rows
+from calledshot.recipe.derived import GATED, Shape
+
+
+class Experts(nn.Module):
+    """Token-choice mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) without capacity: tokens are sorted by
+    expert and multiplied group by group (MegaBlocks: Gale et al. 2022, arXiv 2211.15841).
+    """
+
+    def __init__(self, model: Shape, width: int) -> None:
+        super().__init__()
+        E, hidden, shared = model.experts, model.expert_hidden, model.shared_expert_hidden
+        self.model = model
+        gated = model.feed_forward in GATED
+        self.router_ED = nn.Parameter(torch.empty(E, width))
+        if gated:
+            self.gate_up_E2FD = nn.Parameter(torch.empty(E, 2, hidden, width))
+        else:
+            self.up_EFD = nn.Parameter(torch.empty(E, hidden, width))
+        self.down_EDF = nn.Parameter(torch.empty(E, width, hidden))
+        if shared and gated:
+            self.shared_gate_up_2FD = nn.Parameter(torch.empty(2, shared, width))
+        elif shared:
+            self.shared_up_FD = nn.Parameter(torch.empty(shared, width))
+        if shared:
+            self.shared_down_DF = nn.Parameter(torch.empty(width, shared))
+        self.register_buffer("bias_E", torch.zeros(E) if model.balance == "bias" else None)
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Auxiliary | None]:
+        """(..., D) to (..., D), and what the router says beside it; None where no gradients are taken.
+
+        `real` (...), boolean, marks the tokens that losses and load are of; padding is left out of them.
+        """
+        model, x_ND = self.model, x.flatten(0, -2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits_NE = F.linear(x_ND.to(wide), self.router_ED.to(wide))
+        scores_NE, weights_NK, experts_NK = choose(logits_NE, self.bias_E, model.top_k, model.router, model.renormalize)
+        tile = tile_rows(experts_NK.numel(), model.experts)
+        weights_R, tokens_R, rows_NK, ends_E = arrange(weights_NK, experts_NK, model.experts, tile)
+        up = self.gate_up_E2FD.flatten(1, 2) if model.feed_forward in GATED else self.up_EFD
+        inner = grouped_linear(Dispatch.apply(x_ND, tokens_R, rows_NK), up, ends_E)
+        # Weighted here, where a pass over the rows is made anyhow.
+        inner_RF = (activate(inner, model.feed_forward) * weights_R[:, None]).to(x.dtype)
+        y_ND = Combine.apply(grouped_linear(inner_RF, self.down_EDF, ends_E), tokens_R, rows_NK)
+        if model.shared_expert_hidden:
+            y_ND = y_ND + self._shared(x_ND)
+        record = None
+        if torch.is_grad_enabled():
+            balance = model.balance_weight if model.balance == "auxiliary" else 0.0
+            real_N = None if real is None else real.flatten()
+            record = auxiliary(logits_NE, scores_NE, experts_NK, real_N, balance, model.router_z_loss)
+        return y_ND.view(x.shape), record
+
+    def _shared(self, x_ND: Tensor) -> Tensor:
+        up = self.shared_gate_up_2FD.flatten(0, 1) if self.model.feed_forward in GATED else self.shared_up_FD
+        return F.linear(activate(F.linear(x_ND, up), self.model.feed_forward), self.shared_down_DF)
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor) -> None:
+        """Moves the bias of each expert by `balance_weight` against its load of the whole step (DeepSeek-V3: down where
+        overloaded, up where under, 0.001 a step). To be called after the optimizer's step.
+        """
+        assert self.bias_E is not None
+        mean = load_E.float().mean()
+        self.bias_E.add_(torch.sign(mean - load_E.float()), alpha=self.model.balance_weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """Casts everything but the router and its bias, which stay as wide as they are."""
+        wide = [tensor for tensor in (self.router_ED, self.bias_E) if tensor is not None]
+
+        def cast(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            narrow = changed.is_floating_point() and changed.element_size() < 4
+            return tensor.to(changed.device) if narrow and any(tensor is each for each in wide) else changed
+
+        return super()._apply(cast, recurse)
