@@ -45,8 +45,8 @@ def loaded(random_run) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def prepared(random_run, loaded):
-    return prepared_data(random_run, loaded.recipe)
+def prepared(random_run):
+    return prepared_data(random_run)
 
 
 def test_each_document_costs_what_it_costs_alone(loaded, prepared):
@@ -145,7 +145,7 @@ def test_data_of_another_tokenizer_are_refused(make_run):
     run = make_run("moved", lambda decoder: decoder.initialise(torch.Generator()))
     Tokenizer.train(["quite another corpus, of zebras and quilts"] * 9, 576).save(run.path / "tokenizer.json")
     with pytest.raises(RunError, match="the sources have changed"):
-        prepared_data(run, load_model(run).recipe)
+        prepared_data(run)
 
 
 def test_weights_that_are_not_finite_are_told(make_run):

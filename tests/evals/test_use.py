@@ -1,6 +1,7 @@
 """`shot eval` and `shot export` as they are typed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -44,6 +45,30 @@ def test_runs_stand_side_by_side(random_run, uniform_run, capsys):
     assert "p = " in lines[4]
     kept = uniform_run.evals()["held-out-prose-step-0000007"]
     assert set(kept["references"]["prose"]) == {"xz -9e", "xz -9e given the training text"}
+
+
+def test_a_copy_without_its_lab_says_what_it_lacks(random_run, lab, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "backup" / "random"
+    shutil.copytree(random_run.path, copy)
+    folder = random_run.load("data")["folder"]
+    text = lab / "notes" / "0.txt"
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["eval", str(copy)]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    for part in (str(copy), folder, str(tmp_path / "data"), f"shot data build {copy}/recipe.toml", "--text FILE"):
+        assert part in complaint
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["eval", str(copy), "--text", str(text)]) == 0
+    # Brought beside it, or there already in the lab that one stands in.
+    (tmp_path / "data").mkdir()
+    shutil.copytree(lab / "data" / folder, tmp_path / "data" / folder)
+    assert main(["eval", str(copy)]) == 0
+    shutil.rmtree(tmp_path / "data")
+    monkeypatch.chdir(lab)
+    assert main(["eval", str(copy)]) == 0
+    assert not (tmp_path / "data").exists()
 
 
 def test_any_text_can_be_scored(random_run, capsys, tmp_path):

@@ -239,3 +239,25 @@ def test_a_run_that_memory_cannot_hold_is_refused_before_it_is_tried(lab: Path) 
                      f"batch.tokens={context}", f"duration.tokens={context}")  # fmt: skip
         assert ended.code == 2 and words in ended.complaint, ended.said
         assert not (lab / "runs" / "huge").exists()
+
+
+def test_a_run_without_its_data_is_not_resumed_on_others(lab: Path, train: Train, tmp_path: Path) -> None:
+    run, ended = train("copied", before=functools.partial(stop_at, 12))
+    assert ended.code == 143
+    copy = tmp_path / "runs" / "copied"
+    shutil.copytree(run.path, copy)
+    before = everything(tmp_path)
+    ended = shot(tmp_path, "resume", "copied")
+    assert ended.code == 2
+    assert str(copy) in ended.complaint and run.load("data")["folder"] in ended.complaint
+    assert everything(tmp_path) == before and not (tmp_path / "data").exists()
+    # In the lab that it comes from they are at hand; and whoever names the recipe means it to be prepared.
+    ended = shot(lab, "resume", str(copy))
+    assert ended.code == 0, ended.said
+    for part in ("corpus", "tiny.toml"):
+        (shutil.copytree if (lab / part).is_dir() else shutil.copy)(lab / part, tmp_path / part)
+    shutil.rmtree(copy)
+    shutil.copytree(run.path, copy)
+    ended = shot(tmp_path, "train", "tiny.toml", "--name", "copied")
+    assert ended.code == 0, ended.said
+    assert len(RunDirectory(copy).metrics()) == 20

@@ -15,7 +15,7 @@ import numpy as np
 from calledshot.data.shards import Shard, dtype_for
 from calledshot.data.tokenizer import Tokenizer, reload
 from calledshot.recipe import RunError, UsageError
-from calledshot.rundir import read_json
+from calledshot.rundir import RunDirectory, find_lab, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -124,6 +124,26 @@ class Prepared:
         if hashes:
             _verified.add(identity)
         return cls(path, manifest["key"], digest, tokenizer, sources)
+
+    @classmethod
+    def of_run(cls, run: RunDirectory, otherwise: str = "") -> Prepared:
+        """What a run was trained on, from its own lab or from the one around the current folder.
+
+        UsageError where neither has it: it may be gigabytes, and the run a copy far from its sources, so that it is
+        not made anew unasked. `otherwise` is one more way out, to end the line with.
+        """
+        name = run.load("data").get("folder")
+        if not name:
+            raise UsageError(f"{run.path}: has no data.json, so which data it was trained on is not known; {otherwise}")
+        places = dict.fromkeys(lab / "data" for lab in (run.path.absolute().parent.parent, find_lab()))
+        for place in places:
+            if (place / name / MANIFEST).is_file():
+                return cls.open(place / name)
+        ways = ["bring that folder from its own lab", f"prepare it anew with `shot data build {run.path}/recipe.toml`"]
+        raise UsageError(
+            f"{run.path}: the data it was trained on, {name}, are not in {' or '.join(map(str, places))}; "
+            + ", or ".join([*ways, *([otherwise] if otherwise else [])])
+        )
 
     @property
     def dtype(self) -> np.dtype:

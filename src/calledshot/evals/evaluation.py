@@ -85,21 +85,22 @@ def evaluate(
     """Evaluate a checkpoint (the newest) on its run's held-out documents, or on text files alone where some are given.
 
     `tokens` bounds what is read of each source (0 reads all). `dtype` is `float32`, `bfloat16` or `auto`: what the run
-    was trained in, so that the numbers are those of its own last measurement.
+    was trained in, so that the numbers are those of its own last measurement. UsageError where the run's prepared data
+    are not here: they are never made anew for this.
     """
     if tokens < 0:
         raise UsageError(f"--tokens {tokens}: must be 0, which reads all, or more")
     if with_compressors and (tokens or texts or split != "held-out"):
         raise UsageError("--compressors reads all held-out documents: leave out --tokens, --text and --split")
     read = read_texts(texts)
+    prepared = None if read else prepared_data(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = trained_dtype(run, device) if dtype == "auto" else dtype
     loaded = load_model(run, step, dtype=getattr(torch, dtype), device=device)
-    if read:
+    if prepared is None:
         digest = hashlib.sha256("\0".join(read.values()).encode()).hexdigest()[:8]
         scored = {"text": score_texts(loaded, read, progress)}
         return Evaluation(run, loaded.step, "text", dtype, scored, f"-{digest}")
-    prepared = prepared_data(run, loaded.recipe, progress)
     scored = score_prepared(loaded, prepared, sources=sources, tokens=tokens, split=split, progress=progress)
     references = {source: compressors(prepared, source, progress) for source in scored} if with_compressors else {}
     detail = "".join(f"-{re.sub(r'[^0-9A-Za-z_.]+', '_', part)}" for part in (*sources, str(tokens or "")) if part)

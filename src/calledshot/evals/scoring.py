@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from calledshot.data import HeldOut, Prepared, Selection, Tokenizer, prepare
+from calledshot.data import HeldOut, Prepared, Selection, Tokenizer
 from calledshot.data.packing import pack
 from calledshot.data.tokenizer import as_array
 from calledshot.model import Decoder
 from calledshot.model.evaluate import document_nats
 from calledshot.objective import Batch, causal
-from calledshot.recipe import Recipe, RunError, UsageError
+from calledshot.recipe import RunError, UsageError
 from calledshot.rundir import RunDirectory
 from calledshot.stats import Interval, bootstrap_interval, mean_interval
 from calledshot.training import Loaded
@@ -100,18 +100,17 @@ class Scored:
         return dict(sorted(measures.items(), key=lambda item: -item[1].bytes))
 
 
-def prepared_data(run: RunDirectory, recipe: Recipe, progress: Progress | None = None) -> Prepared:
-    """The prepared data that a run was trained on, in its own lab; prepared anew where they are gone.
+def prepared_data(run: RunDirectory) -> Prepared:
+    """The prepared data that a run was trained on.
 
-    RunError where the sources have changed since, so that another tokenizer comes out.
+    UsageError where they are neither in its own lab nor in this one, RunError where they were made anew since, so that
+    another tokenizer came out.
     """
-    lab = run.path.absolute().parent.parent
-    folder = lab / "data" / str(run.load("data").get("folder"))
-    prepared = Prepared.open(folder) if (folder / "manifest.json").is_file() else prepare(recipe, lab, progress)
+    prepared = Prepared.of_run(run, otherwise="evaluate other text with --text FILE")
     if (prepared.path / "tokenizer.json").read_bytes() != (run.path / "tokenizer.json").read_bytes():
         raise RunError(
             f"{run.path}: its tokenizer is not that of {prepared.path}, since the sources have changed; "
-            f"bring the folder {folder} back, or evaluate text with --text FILE"
+            "bring back the folder that it was trained on, or evaluate other text with --text FILE"
         )
     return prepared
 

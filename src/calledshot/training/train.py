@@ -57,7 +57,7 @@ def train(
     if is_run(path):
         existing = RunDirectory.open(path)
         recipe = same_recipe(existing, recipe, origin, fresh_optimizer)
-        return go_on(existing, recipe, lab, sinks=sinks, progress=progress)
+        return go_on(existing, recipe, lab, anew=True, sinks=sinks, progress=progress)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path}: exists and is not a run: move it away, or choose another --name")
     own = recipe.optimizer.name not in KNOWN
@@ -90,16 +90,21 @@ def train(
 
 
 def go_on(
-    run: RunDirectory, recipe: Recipe, lab: Path, *, sinks: Sequence[str] = (), progress: Progress | None = None
+    run: RunDirectory,
+    recipe: Recipe,
+    lab: Path,
+    *,
+    anew: bool = False,
+    sinks: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> int:
-    """The next incarnation of a run; what may change on the way is taken from `recipe`."""
+    """The next incarnation of a run; what may change on the way is taken from `recipe`. Its data are prepared once more
+    where they are gone if `anew`; else that is a UsageError."""
     if run.state() == "done":
         print(f"shot: {run.path} is done; `shot report {run.name}` shows it", file=sys.stderr)
         return 0
     with Stop() as stop:
-        # What the run began with, if it is still there: the sources may have changed since, or the network be gone.
-        folder = lab / "data" / run.load("data").get("folder", "nothing")
-        prepared = Prepared.open(folder) if folder.is_dir() else _prepare(recipe, lab, stop, progress)
+        prepared = _data_of(run, recipe, lab, anew, stop, progress)
         if prepared is None:
             return stop.exit_code
         lineage = run.load("lineage")
@@ -107,6 +112,20 @@ def go_on(
         parent = _parent(f"{lineage['parent']}@{lineage['step']}", lab) if lineage and run.latest() is None else None
         fresh = bool(lineage.get("fresh_optimizer"))
         return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh, sinks=sinks)
+
+
+def _data_of(
+    run: RunDirectory, recipe: Recipe, lab: Path, anew: bool, stop: Stop, progress: Progress | None
+) -> Prepared | None:
+    """What the run began with, if it is still there: the sources may have changed since, or the network be gone."""
+    if not run.load("data"):  # it was killed before it had begun
+        return _prepare(recipe, lab, stop, progress)
+    try:
+        return Prepared.of_run(run)
+    except UsageError:
+        if not anew:
+            raise
+    return _prepare(recipe, lab, stop, progress)
 
 
 def _prepare(recipe: Recipe, lab: Path, stop: Stop, progress: Progress | None) -> Prepared | None:
@@ -149,7 +168,7 @@ def _with_tokenizer_of(parent: RunDirectory, recipe: Recipe, lab: Path) -> Recip
 
 
 def resume(run: RunDirectory, *, sinks: Sequence[str] = (), progress: Progress | None = None) -> int:
-    """Go on with a run exactly as its recipe says."""
+    """Go on with a run exactly as its recipe says. UsageError when the data that it began with are not here."""
     return go_on(run, run_recipe(run), run.path.absolute().parent.parent, sinks=sinks, progress=progress)
 
 
