@@ -8,6 +8,7 @@ from cyclopts import App, Parameter
 from calledshot.recipe import (
     Cost,
     Recipe,
+    Shape,
     UsageError,
     cost,
     difference,
@@ -144,7 +145,7 @@ def cost_rows(costs: Cost) -> list[tuple[str, str, str]]:
         ("FLOPs a token", number(flops.total), ""),
         ("  forward", number(flops.forward), ""),
         ("  backward", number(flops.backward), ""),
-        ("  of it attention", number(flops.attention), f"at {costs.shape.context:,} tokens of context, causal"),
+        ("  of it attention", number(flops.attention), seen(costs.shape)),
         ("weights", size(sizes.weights), "copy in the matmuls' type"),
         ("master weights", size(sizes.master), "float32"),
         ("gradients", size(sizes.gradients), "sum and present micro-batch"),
@@ -156,6 +157,14 @@ def cost_rows(costs: Cost) -> list[tuple[str, str, str]]:
         ("tokens", number(costs.tokens), per_parameter(costs)),
         ("FLOPs", unknown if costs.flops is None else f"{costs.flops:.3e}", ""),
     ]
+
+
+def seen(shape: Shape) -> str:
+    """How far attention reaches, as a remark."""
+    context = f"at {shape.context:,} tokens of context"
+    if shape.topology == "encoder-decoder":
+        return f"at {shape.encoder_context:,} tokens of input and {shape.context:,} of output"
+    return f"{context}, half of them a prefix" if shape.topology == "prefix" else f"{context}, causal"
 
 
 def per_parameter(costs: Cost) -> str:
