@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from data_helpers import recipe_for, story, write_jsonl
 from calledshot.data import HeldOut, prepare
 from calledshot.data.splitting import document_hash
 from calledshot.recipe import UsageError
-from calledshot.recipe.schema import Source
+from calledshot.recipe.schema import Batch, Denoiser, Objective, Source
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,7 @@ def held_out(tmp_path_factory):
         Source(path=str(lab / "a.jsonl"), language_field="lang"), Source(path=str(lab / "one.txt")), held_out=0.3
     )
     made = HeldOut(prepare(recipe, lab), recipe)
+    made.recipe = recipe
     made.texts = {record["id"]: record for record in map(json.loads, (lab / "a.jsonl").read_text().splitlines())}
     return made
 
@@ -82,3 +84,115 @@ def test_a_source_of_one_document_has_nothing_held_out(held_out):
         held_out.select("one")
     with pytest.raises(UsageError, match="no source is called 'two'; there are a, one"):
         held_out.select("two")
+
+
+MODED = (Denoiser("prefix", mode="S"), Denoiser("span", mode="R"))
+MODELS = {
+    "decoder": ("decoder", Objective()),
+    "prefix": ("prefix", Objective(kind="prefix")),
+    "encoder-decoder": ("encoder-decoder", Objective(kind="prefix")),
+    "ul2 decoder": ("decoder", Objective(kind="ul2")),
+    "ul2 encoder-decoder": ("encoder-decoder", Objective(kind="mixture", denoisers=MODED)),
+    "span decoder": ("decoder", Objective(kind="span")),
+    "span encoder-decoder": ("encoder-decoder", Objective(kind="span")),
+}
+
+
+def model_of(held_out, name, context=48, encoder_context=0, **options) -> HeldOut:
+    topology, objective = MODELS[name]
+    shape = replace(held_out.recipe.model, topology=topology, context=context, encoder_context=encoder_context)
+    tokens = 4 * (context + ((encoder_context or context) if topology == "encoder-decoder" else 0))
+    recipe = replace(held_out.recipe, model=shape, objective=objective, batch=Batch(tokens=tokens))
+    return HeldOut(held_out.prepared, recipe, **options)
+
+
+def predicted(made: HeldOut, tokens=0, rows=3):
+    """(document, start) of each piece → its targets with loss and all that is given, read off the batches."""
+    selection, found, first = made.select("a", tokens), {}, 0
+    for batch in made.batches("a", tokens, rows):
+        assert batch.inputs.shape == (rows, made.context)
+        for row in range(rows):
+            if first + row >= selection.rows:
+                assert (batch.documents[row] == -1).all()
+                continue
+            pieces = selection.pieces[selection.row_starts[first + row] : selection.row_starts[first + row + 1]]
+            for number, piece in enumerate(pieces):
+                here = batch.documents[row] == number
+                loss = batch.loss_weights[row] > 0
+                given = batch.inputs[row, here].tolist()
+                if batch.encoded is not None:
+                    given = batch.encoded.inputs[row, batch.encoded.documents[row] == number].tolist()
+                name = selection.names[piece["document"]]
+                found[name, int(piece["start"])] = batch.targets[row, here & loss].tolist(), given
+        first += rows
+    return selection, found
+
+
+def test_suffixes_are_the_same_for_every_topology_and_objective(held_out):
+    expected = None
+    tokenizer = held_out.prepared.tokenizer
+    for name in MODELS:
+        made = model_of(held_out, name, suffixes=True)
+        selection, found = predicted(made, tokens=900)
+        suffixes = {place: targets for place, (targets, _) in found.items()}
+        expected = expected or suffixes
+        assert suffixes == expected, name
+        assert selection.tokens == sum(map(len, suffixes.values()))
+        modes = {given[0] for _, given in found.values()} & {tokenizer.special[f"<|{mode}|>"] for mode in "RSX"}
+        assert modes == ({tokenizer.special["<|S|>"]} if "ul2" in name else set())
+        gaps = [tokenizer.sentinels[0] in given for _, given in found.values()]
+        assert all(gaps) if "span" in name else not any(gaps)
+    # Parts of each document: what is given and what is predicted make up its ids.
+    _, found = predicted(model_of(held_out, "encoder-decoder"), tokens=900)
+    for name in {name for name, _ in found}:
+        pieces = [found[place] for place in sorted(found) if place[0] == name]
+        text = [token for targets, given in pieces for token in [*given[1:], *targets]]
+        assert text == [*tokenizer.encode(held_out.texts[name]["text"]), tokenizer.end]
+    shares = [len(targets) / (len(targets) + len(given) - 1) for targets, given in found.values() if len(targets) > 9]
+    assert 0.4 < np.mean(shares) < 0.6 and min(shares) > 0.24 and max(shares) < 0.78
+
+
+def test_bytes_of_suffixes_are_those_of_the_predicted_text(held_out):
+    made = model_of(held_out, "encoder-decoder")
+    assert made.suffixes and not model_of(held_out, "ul2 decoder").suffixes
+    for tokens in (0, 700):
+        selection, found = predicted(made, tokens)
+        tokenizer, expected = held_out.prepared.tokenizer, dict.fromkeys(selection.names, 0)
+        for (name, _), (targets, _) in found.items():
+            expected[name] += len(tokenizer.decode_bytes([token for token in targets if token != tokenizer.end]))
+        assert dict(zip(selection.names, selection.bytes.tolist(), strict=True)) == expected
+        assert (selection.bytes > 0).all()
+        scored = selection.score(np.ones(len(selection.names)))
+        assert scored.bytes == sum(expected.values()) and scored.tokens == selection.tokens
+        # A token costs its own number of nats: each document is charged for its suffixes alone.
+        nats = total(made, selection, tokens, 3, lambda batch: batch.targets)
+        sums = dict.fromkeys(selection.names, 0)
+        for (name, _), (targets, _) in found.items():
+            sums[name] += sum(targets)
+        assert dict(zip(selection.names, nats.astype(int).tolist(), strict=True)) == sums
+
+
+def test_suffixes_of_other_contexts_can_be_cut_alike_and_what_does_not_fit_is_refused(held_out):
+    wide = predicted(model_of(held_out, "decoder", 80, suffixes=True, piece=44))[1]
+    uneven = predicted(model_of(held_out, "encoder-decoder", 40, encoder_context=64, piece=44))[1]
+    assert {place: targets for place, (targets, _) in wide.items()} == {
+        place: targets for place, (targets, _) in uneven.items()
+    }
+    with pytest.raises(UsageError, match=r"pieces of 45 tokens do not fit a context of 48"):
+        model_of(held_out, "decoder", 48, suffixes=True, piece=45)
+    with pytest.raises(UsageError, match=r"pieces of 80 tokens do not fit a context of 48 with an encoder's of 48"):
+        model_of(held_out, "encoder-decoder", 48, piece=80)
+    with pytest.raises(UsageError, match="an encoder-decoder predicts nothing without inputs"):
+        model_of(held_out, "encoder-decoder", suffixes=False)
+
+
+def test_a_model_with_modes_predicts_whole_documents_under_that_of_its_prefixes(held_out):
+    made = model_of(held_out, "ul2 decoder")
+    mode = held_out.prepared.tokenizer.special["<|S|>"]
+    selection, found = predicted(made)
+    assert selection.tokens == held_out.select("a").tokens and np.array_equal(
+        selection.bytes, held_out.select("a").bytes
+    )
+    assert all(given[0] == mode for _, given in found.values())
+    counted = total(made, selection, 0, 3, lambda batch: np.ones(batch.inputs.shape))
+    assert counted.tolist() == (selection.ids - 1).tolist()

@@ -2,6 +2,7 @@
 
 from calledshot.data.batches import Batches, Origin
 from calledshot.data.heldout import HeldOut, Score, Selection
+from calledshot.data.infilling import Infilling
 from calledshot.data.prepare import prepare, prepared_folder
 from calledshot.data.prepared import Prepared, SourceShards
 from calledshot.data.tokenizer import Tokenizer
@@ -9,6 +10,7 @@ from calledshot.data.tokenizer import Tokenizer
 __all__ = [
     "Batches",
     "HeldOut",
+    "Infilling",
     "Origin",
     "Prepared",
     "Score",

@@ -310,7 +310,8 @@ class HeldOut:
         if self.filling:
             read = [ids[:-1] if end else ids for ids, end in zip(read, last.tolist(), strict=True)]
         lengths = np.array([len(ids) for ids in read], np.int64)
-        taken = ranges(np.zeros_like(lengths), lengths) >= np.repeat(1 if splits is None else splits, lengths)
+        given = np.ones_like(lengths) if splits is None else splits
+        taken = ranges(np.zeros_like(lengths), lengths) >= np.repeat(given, lengths)
         made = examples(
             np.concatenate(read).astype(np.int32),
             lengths,

@@ -47,7 +47,7 @@ class Infilling:
         whole = sum(lengths)
         stretches = (documents.ids - 2) // whole
         if not stretches.any():
-            raise UsageError(f"{source}: no held-out document has the {whole} tokens of an infilling")
+            raise UsageError(f"{source}: no held-out document has the {whole:,} tokens of an infilling")
         document = np.repeat(np.arange(len(stretches)), stretches)
         number = np.arange(len(document)) - np.repeat(np.cumsum(stretches) - stretches, stretches)
         hashes = np.array([document_hash(name) for name in documents.names], np.uint64)

@@ -90,6 +90,8 @@ class Mixture:
 
     def counts(self, slots: int) -> list[int]:
         """How many of the run's first `slots` sequences come from each source."""
+        if not self.segments:
+            return [0] * self.sources
         segment = self.segments[max(bisect.bisect_right(self._starts, slots) - 1, 0)]
         inside = slots - segment.start
         return [segment.taken[source] + segment.tree.count(source, inside) for source in range(self.sources)]
