@@ -72,5 +72,5 @@ def test_chance_is_splitmix64():
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert words(np.full(3, 1234567, np.uint64), np.arange(3)).tolist() == expected
     numbers = uniform(words(np.full(40_000, key("a", 1), np.uint64), np.arange(40_000)))
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert np.histogram(numbers, 10, (0, 1))[0] == pytest.approx(np.full(10, 4000), abs=5 * 60)
