@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from calledshot.recipe import UsageError, cost, load_recipe, memory, presets, shape
+from calledshot.recipe.load import size_in_name
 from calledshot.recipe.schema import Duration, Model, Optimizer, Parallel, Recipe
 
 LLAMA_3_8B = Model(
@@ -151,6 +152,14 @@ def test_memory_takes_the_largest_micro_batch_that_fits_and_divides():
     assert not memory(base, memory=int((fixed + one_row) / 0.9) - 2).fits
 
 
+def test_an_encoder_decoder_costs_what_a_decoder_of_half_its_parameters_costs():
+    """Raffel et al. 2020, table 2: 2 P parameters at the cost of P. Here 20B with T5's positions beside 10B."""
+    both, one = (cost(load_recipe(name)) for name in ("ul2-20B", "10B"))
+    assert both.parameters.non_embedding / one.parameters.non_embedding == pytest.approx(2, rel=0.001)
+    projections = [each.flops_per_token.total - each.flops_per_token.attention for each in (both, one)]
+    assert projections[0] / projections[1] == pytest.approx(1, rel=0.05)
+
+
 def test_shape_resolves_zeros():
     found = shape(Model(width=256, heads=4))
     assert (found.head_width, found.hidden) == (64, 704)
@@ -161,9 +170,10 @@ def test_shape_resolves_zeros():
 @pytest.mark.parametrize("preset", [preset for preset in presets() if preset.name != "demo"], ids=lambda one: one.name)
 def test_presets_are_of_the_size_they_are_called_and_cost_what_their_header_says(preset):
     found = cost(load_recipe(preset.name))
-    label = float(preset.name[:-1]) * {"M": 1e6, "B": 1e9}[preset.name[-1]]
+    label = size_in_name(preset.name)
     assert found.parameters.total == pytest.approx(label, rel=0.05)
-    assert found.tokens / found.parameters.total > 19.5  # Hoffmann et al. 2022: about 20
+    crossed = found.parameters.total / len(found.shape.stacks)
+    assert found.tokens / crossed > 19.5  # Hoffmann et al. 2022: about 20
     header = preset.path.read_text()
     stated = re.search(r"Hours: ([\d.]+) on (one|\d+) H100 SXM at (\d+) % MFU", header)
     gpus = 1 if stated[2] == "one" else int(stated[2])

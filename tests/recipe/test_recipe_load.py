@@ -25,7 +25,7 @@ def refusal(reference: str, *overrides: str) -> str:
 
 
 def test_the_presets_of_the_issue_are_there_and_hold_together():
-    assert [preset.name for preset in presets()] == ["demo", "10M", "125M", "350M", "1B", "7B", "20B"]
+    assert [preset.name for preset in presets()] == ["demo", "10M", "125M", "350M", "1B", "7B", "10B", "20B", "ul2-20B"]
     for preset in presets():
         assert list(problems(load_recipe(preset.name))) == []
         assert preset.summary.endswith(".")

@@ -39,9 +39,10 @@ def presets() -> list[Preset]:
 
 
 def size_in_name(name: str) -> float:
-    """`125M` → 125e6; names without a size come first."""
+    """`125M` and `ul2-125M` → 125e6; names without a size come first."""
     units = {"M": 1e6, "B": 1e9}
-    return float(name[:-1]) * units[name[-1]] if name[:-1].isdecimal() and name[-1] in units else 0.0
+    last = name.rpartition("-")[2]
+    return float(last[:-1]) * units[last[-1]] if last[:-1].isdecimal() and last[-1] in units else 0.0
 
 
 def load_recipe(reference: str, overrides: Sequence[str] = (), checked: bool = True) -> Recipe:
