@@ -90,6 +90,11 @@ class Tokenizer:
             self._fast = None
 
     @property
+    def reserved(self) -> frozenset[int]:
+        """Ids of the lab's special tokens but the end: what no text holds."""
+        return frozenset(self.special.values()) - {self.end}
+
+    @property
     def encoder(self) -> str:
         """Which library encodes: `tiktoken` or `tokenizers`."""
         return "tokenizers" if self._fast is None else "tiktoken"
@@ -110,9 +115,18 @@ class Tokenizer:
                 f"{file}: no such tokenizer; data.tokenizer takes `bpe`, a tokenizer.json or hf:OWNER/NAME"
             )
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises bare Exception
+            text = file.read_text(encoding="utf-8")
+        except ValueError as error:
             raise UsageError(f"{file}: not a tokenizer.json ({error})") from None
+        return cls.from_json(text, str(file), encoder)
+
+    @classmethod
+    def from_json(cls, text: str, called: str = "tokenizer.json", encoder: str = "auto") -> Tokenizer:
+        """What `load` makes of a file's text; `called` is the file in errors."""
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UsageError(f"{called}: not a tokenizer.json ({error})") from None
         backend.add_special_tokens([_special(name) for name in SPECIALS if backend.token_to_id(name) is None])
         return cls(backend, encoder)
 

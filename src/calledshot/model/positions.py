@@ -42,7 +42,7 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
 
     low, high = max(math.floor(pair(YARN_FAST)), 0), min(math.ceil(pair(YARN_SLOW)), width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return kept * (1 - ramp) + kept / factor * ramp, 0.1 * math.log(factor) + 1.0
+    return kept * (1 - ramp) + kept / factor * ramp, yarn_attention(factor)
 
 
 def raised_base(model: schema.Model, width: int) -> float:
@@ -53,6 +53,11 @@ def raised_base(model: schema.Model, width: int) -> float:
     elif model.rope_scaling == "dynamic":
         stretch = model.rope_factor * model.context / model.rope_original_context - (model.rope_factor - 1)
     return model.rope_base * stretch ** (width / (width - 2)) if stretch != 1.0 else model.rope_base
+
+
+def yarn_attention(factor: float) -> float:
+    """What YaRN multiplies cosines and sines by, and so the scores by its square."""
+    return 0.1 * math.log(factor) + 1.0
 
 
 def rotary(positions_BT: Tensor, model: schema.Model, width: int) -> tuple[Tensor, Tensor]:

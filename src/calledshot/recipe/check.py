@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from .derived import shape, source_names
 from .errors import UsageError
+from .export import export_problems
 from .objectives import KINDS, objective_problems
 from .schema import Data, Model, Recipe
 
@@ -119,6 +120,7 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
     yield from rope_problems(model)
     if model.experts:
         yield from expert_problems(model)
+    yield from export_problems(model)
     if tokenizer == "bpe" and not model.vocabulary:
         yield "model.vocabulary = 0 needs a tokenizer that exists: set its size, or data.tokenizer to a tokenizer.json"
 
@@ -137,7 +139,7 @@ def encoder_problems(model: Model) -> Iterator[str]:
     if model.heads % model.kv_heads or found.encoder is None:
         return
     group = found.head_width * (model.heads // model.kv_heads)
-    if found.encoder_width % group:
+    if found.encoder_width != model.width and found.encoder_width % group:
         near = max(1, round(found.encoder_width / group)) * group
         yield (
             f"model.encoder_width = {found.encoder_width} is not a multiple of {group}, a key head with its query "

@@ -36,10 +36,11 @@ class Shape(Model):
 
     @property
     def encoder(self) -> Stack | None:
-        """The other stack: as many query heads a key head, of the same width."""
+        """The other stack: heads of the same width, as many as the decoder's where it is as wide, else as fit in its
+        width; as many query heads a key head."""
         if self.topology != "encoder-decoder":
             return None
-        heads = self.encoder_width // self.head_width
+        heads = self.heads if self.encoder_width == self.width else self.encoder_width // self.head_width
         kv_heads = max(1, heads * self.kv_heads // self.heads)
         return Stack(self.encoder_layers, self.encoder_width, heads, kv_heads, self.encoder_hidden, False)
 

@@ -99,7 +99,7 @@ class Model:
     encoder_layers: int = 0
     """Blocks of the encoder; 0 takes `layers`."""
     encoder_width: int = 0
-    """Width of the encoder, a multiple of the head's width; 0 takes `width`."""
+    """Width of the encoder, a multiple of the head's width where it is another than `width`; 0 takes `width`."""
     encoder_hidden: int = 0
     """Width inside the encoder's feed-forward; 0 takes `hidden` scaled with the width."""
     encoder_context: int = 0

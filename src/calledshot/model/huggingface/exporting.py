@@ -1,0 +1,158 @@
+"""A run's model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from calledshot.model.huggingface.configs import written_config
+from calledshot.model.huggingface.files import SHARD_BYTES, replace_model, to_json, write_weights
+from calledshot.model.huggingface.layouts import to_huggingface
+from calledshot.recipe import UsageError, schema, shape
+from calledshot.recipe.export import CLASSES, export_kind
+from calledshot.rundir import atomic_write
+from calledshot.rundir.files import write_failure
+
+if TYPE_CHECKING:
+    from calledshot.data import Tokenizer
+
+
+def architecture(config: schema.Model) -> str:
+    """The class in `transformers` that computes the same function. UsageError with the reason where there is none."""
+    return CLASSES[export_kind(config)]
+
+
+def export_huggingface(
+    folder: Path,
+    config: schema.Model,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype = torch.float32,
+    provenance: str = "",
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write a folder that `AutoModelForCausalLM` (`AutoModelForSeq2SeqLM` for an encoder-decoder) and `AutoTokenizer`
+    load; gives its files.
+
+    `state` is the Decoder's state dict; `provenance` a sentence for the model card. The folder appears whole or not at
+    all. One that holds files is refused (UsageError) unless `force`: then the export replaces the model in it, and
+    the rest stays. RunError when the disk is full, with what was there as it was.
+    """
+    architecture(config)  # what cannot be written is said before anything is
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not force)):
+        raise UsageError(f"{folder}: is not empty; choose another folder, or add --force to replace the model in it")
+    draft = folder.absolute().with_name(f".{folder.absolute().name}.{secrets.token_hex(6)}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        write_weights(draft, to_huggingface(config, state), dtype, shard_bytes)
+        for file, content in _documents(config, state, tokenizer, dtype, provenance).items():
+            atomic_write(draft / file, content)
+        written = sorted(path.name for path in draft.iterdir())
+        if folder.exists() and any(folder.iterdir()):
+            replace_model(folder, draft)
+        else:
+            draft.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise write_failure(folder, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return [folder / name for name in written]
+
+
+def _documents(
+    config: schema.Model, state: Mapping[str, Tensor], tokenizer: Tokenizer, dtype: torch.dtype, provenance: str
+) -> dict[str, str]:
+    """Every file but the weights, by name."""
+    names = {id_: token for token, id_ in tokenizer.special.items()}
+    specials = {
+        "bos_token": names[tokenizer.begin],
+        "eos_token": names[tokenizer.end],
+        "pad_token": names[tokenizer.pad],
+    }
+    ids = {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+    written = written_config(config, state["embedding_VD"].size(0), ids, tokenizer.begin, dtype)
+    starts = {key: written[key] for key in (*ids, "decoder_start_token_id") if key in written}
+    return {
+        "config.json": to_json(written),
+        "generation_config.json": to_json(starts),
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": to_json(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                **specials,
+                "model_max_length": shape(config).encoder_context or config.context,
+                "clean_up_tokenization_spaces": False,
+                # Text that spells a special token stays text, as in training.
+                "split_special_tokens": True,
+            }
+        ),
+        "special_tokens_map.json": to_json(specials),
+        "README.md": _card(config, state, specials, provenance),
+    }
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The tokenizer with a step that begins each text as every document in training began."""
+    description = json.loads(tokenizer.to_json())
+    begin = next(token for token, id_ in tokenizer.special.items() if id_ == tokenizer.begin)
+
+    def piece(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": begin, "type_id": type_id}}, {"Sequence": {"id": sequence, "type_id": type_id}}]
+
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": piece("A", 0),
+        "pair": [*piece("A", 0), *piece("B", 1)],
+        "special_tokens": {begin: {"id": begin, "ids": [tokenizer.begin], "tokens": [begin]}},
+    }
+    return to_json(description)
+
+
+def _card(config: schema.Model, state: Mapping[str, Tensor], specials: Mapping[str, str], provenance: str) -> str:
+    """A model card that says what is known, and no more."""
+    count, name = sum(tensor.numel() for tensor in state.values()), architecture(config)
+    two = config.topology == "encoder-decoder"
+    loader = "AutoModelForSeq2SeqLM" if two else "AutoModelForCausalLM"
+    what = "the encoder reads a text, the decoder writes what it lacks" if two else "it continues text"
+    depth = f"{shape(config).encoder_layers} + {config.layers}" if two else f"{config.layers}"
+    text = '"Once upon a <|sentinel_0|>.", split_special_tokens=False' if two else '"Once upon a time"'
+    begins = "What the decoder writes begins" if two else "Every document in training began"
+    adds = "and the tokenizer adds it to what the encoder reads" if two else "The tokenizer\nadds the first of the two"
+    prefix = """
+In training a prefix was seen both ways. Without a 4-D additive attention mask that says so, this class reads it as it
+reads everything, from the left alone.
+"""
+    return f"""---
+library_name: transformers
+pipeline_tag: {"text2text-generation" if two else "text-generation"}
+---
+
+# {count / 1e6:,.1f}M-parameter language model
+
+{provenance or "Trained with calledshot."}
+
+A base model: {what}. `{name}`, {count:,} parameters, {depth} layers, width {config.width},
+context {config.context} tokens.
+{prefix if config.topology == "prefix" else ""}
+{begins} with `{specials["bos_token"]}` and ended with `{specials["eos_token"]}`. {adds}; text that spells a special
+token is read as text.
+
+```python
+from transformers import {loader}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = {loader}.from_pretrained(FOLDER)
+prompt = tokenizer({text}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
+```
+"""
