@@ -10,7 +10,7 @@ import pytest
 from calledshot.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
-LIGHT_ROOMS = ["recipe", "rundir", "stats", "machine", "objective", "data", "lab", "cli"]
+LIGHT_ROOMS = ["recipe", "rundir", "stats", "machine", "objective", "data", "experiment", "lab", "cli"]
 
 # A folder of one machine: below the root, and not part of an address.
 OWN_FOLDER = re.compile(r"(?<![\w.:/*])/(?:home|root|work|tmp|Users)/[\w.-]+")

@@ -13,6 +13,7 @@ from calledshot.cli import VERBS, command, main
 HEAVY = {"torch", "transformers", "numpy", "scipy", "tokenizers", "starlette", "jinja2", "pyarrow", "huggingface_hub"}
 
 COMMANDS = """
+ablate
 chat
 data build
 data inspect

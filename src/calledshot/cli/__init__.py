@@ -27,6 +27,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("chat", "calledshot.cli.use:chat", "Talk to a model."),
     ("serve", "calledshot.cli.use:serve", "Serve a model over HTTP, as OpenAI's API has it."),
     ("export", "calledshot.cli.convert:export", "Write a run's model as a Hugging Face folder."),
+    ("ablate", "calledshot.cli.ablate:ablate", "Train the arms of a suite, matched, and compare them."),
     ("runs", "calledshot.cli.lab:runs", "The runs of this lab: state, progress, losses, speed."),
     ("diff", "calledshot.cli.lab:diff", "Two runs side by side: recipe, environment, result."),
     ("note", "calledshot.cli.lab:note", "Write a note on a run, tag it, or put it away."),

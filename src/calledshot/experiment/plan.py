@@ -1,0 +1,182 @@
+"""The runs of a suite: their names, what state they are in, how long they will take, how many fit side by side."""
+
+from __future__ import annotations
+
+import statistics
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from calledshot import machine
+from calledshot.recipe import Recipe, ShotError, UsageError, difference, from_dict
+from calledshot.recipe.cost import activation_bytes
+from calledshot.rundir import RunDirectory, is_run
+
+from .matching import Cell, Rates, resolve
+from .suite import Suite
+
+CALIBRATION_STEPS = 24
+"""Updates of the short run that measures an arm's speed where arms are matched by seconds."""
+PROCESS_BYTES = 700 << 20
+"""What a training process holds besides model, optimizer and activations: mostly the libraries."""
+MICRO_TOKENS = 4096
+"""Tokens of the passes that a CPU trains by."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One planned run."""
+
+    name: str
+    cell: Cell
+    seed: int
+    calibration: bool = False
+    """Short, only to measure its speed."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it trains."""
+        recipe = replace(self.cell.recipe, name=self.name, seed=self.seed)
+        if not self.calibration:
+            return recipe
+        batch = recipe.batch.tokens
+        short = replace(recipe.evals, every_steps=10 * CALIBRATION_STEPS, tokens=batch, final_tokens=batch, prompts=())
+        return replace(recipe, duration=replace(recipe.duration, tokens=CALIBRATION_STEPS * batch), evals=short)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite, matched, and its runs in the order in which they are trained: by size, then seed."""
+
+    suite: Suite
+    cells: dict[tuple[str, str], Cell]
+    """By (arm, size)."""
+    rates: Rates
+    """Tokens a second by (arm, size), of calibrations and of finished runs."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run that counts; those of cells whose tokens wait for a calibration are not known yet."""
+        suite = self.suite
+        return [
+            Run(suite.run_name(arm.name, size.name, f"s{seed}"), self.cells[arm.name, size.name], seed)
+            for size in suite.sizes
+            for seed in dict.fromkeys((*suite.seeds, *size.seeds))
+            for arm in suite.arms_at(size)
+            if seed in suite.seeds_of(arm, size) and not self.cells[arm.name, size.name].pending
+        ]
+
+    @property
+    def calibrations(self) -> list[Run]:
+        """Short runs that measure the speeds of arms matched by seconds, and of the baseline beside them."""
+        found = []
+        for size in self.suite.sizes:
+            cells = [self.cells[arm.name, size.name] for arm in self.suite.arms_at(size)]
+            timed = [cell for cell in cells if cell.match == "seconds" and cell.arm is not self.suite.reference]
+            for cell in [self.baseline(size.name), *timed] if timed else ():
+                name = self.suite.run_name(cell.arm.name, size.name, "calibration")
+                found.append(Run(name, cell, self.suite.seeds[0], calibration=True))
+        return found
+
+    def baseline(self, size: str) -> Cell:
+        """The baseline's cell at a size."""
+        return self.cells[self.suite.baseline, size]
+
+    def seconds(self, run: Run, stated: float = 0.0) -> float | None:
+        """Seconds that a run's training takes: at the speed measured for its cell, else at the FLOP/s measured at its
+        size, else anywhere, else at those that `stated` tokens a second of the baseline at the first size are."""
+        cell = run.cell
+        rate = self.rates.get((cell.arm.name, cell.size.name))
+        tokens = run.recipe.duration.tokens
+        if rate:
+            return tokens / rate
+        speeds = [
+            (key[1] == cell.size.name, known * self.cells[key].cost.flops_per_token.total)
+            for key, known in self.rates.items()
+        ]
+        here = [speed for same, speed in speeds if same] or [speed for _, speed in speeds]
+        if stated and not here:
+            here = [stated * self.baseline(self.suite.sizes[0].name).cost.flops_per_token.total]
+        return tokens * cell.cost.flops_per_token.total / statistics.median(here) if here else None
+
+
+def make_plan(suite: Suite, lab: Path) -> Plan:
+    """The plan, with what has been measured in `lab` so far."""
+    rates: dict[tuple[str, str], float] = {}
+    calibrated: dict[tuple[str, str], float] = {}
+    for size in suite.sizes:
+        for arm in suite.arms_at(size):
+            key = (arm.name, size.name)
+            names = [suite.run_name(*key, f"s{seed}") for seed in suite.seeds_of(arm, size)]
+            known = [rate for name in names if (rate := speed(lab / "runs" / name))]
+            if rate := speed(lab / "runs" / suite.run_name(*key, "calibration")):
+                calibrated[key] = rate
+                known = known or [rate]
+            if known:
+                rates[key] = statistics.median(known)
+    # From calibrations alone: a finished run may not change what the others of its cell are.
+    return Plan(suite, resolve(suite, calibrated), rates)
+
+
+def speed(run: Path) -> float | None:
+    """Tokens a second of a finished run; None before."""
+    if not is_run(run):
+        return None
+    rate = RunDirectory(run).load("summary").get("tokens_per_second")
+    return float(rate) if isinstance(rate, int | float) and rate > 0 else None
+
+
+def state(run: Run, lab: Path) -> str:
+    """`not started`, `running`, `done`, `failed` or `interrupted`. UsageError where the run of that name is of another
+    recipe."""
+    path = lab / "runs" / run.name
+    if not is_run(path):
+        return "not started"
+    found = RunDirectory(path)
+    if differs := differences(found, run.recipe):
+        raise UsageError(
+            f"{path}: is a run of another recipe ({'; '.join(differs[:4])}): give the suite another --name, or remove "
+            "that run"
+        )
+    return found.state()
+
+
+def differences(run: RunDirectory, recipe: Recipe) -> list[str]:
+    """What decides a run and is not as `recipe` has it, as text; [] for the run of a trainer without recipes."""
+    text = run.recipe_toml()
+    if not text:
+        return []
+    try:
+        theirs = from_dict(tomllib.loads(text), str(run.path / "recipe.toml"))
+    except (ShotError, ValueError) as error:
+        return [str(error)]
+    return [f"{key} {before!r} -> {now!r}" for key, before, now in difference(theirs, recipe, identity_only=True)]
+
+
+def chosen(runs: Iterable[Run], arms: Sequence[str], sizes: Sequence[str]) -> list[Run]:
+    """The runs of some arms and sizes; of all where none is named."""
+    return [
+        run for run in runs if (not arms or run.cell.arm.name in arms) and (not sizes or run.cell.size.name in sizes)
+    ]
+
+
+def bytes_needed(run: Run) -> int:
+    """Memory of one training process on a CPU, by arithmetic."""
+    recipe, found = run.recipe, run.cell.cost
+    rows = max(1, min(MICRO_TOKENS, recipe.batch.tokens) // recipe.model.context)
+    tokens = rows * recipe.model.context
+    mask = 5 * rows * recipe.model.context**2
+    return PROCESS_BYTES + found.bytes.fixed + activation_bytes(found.shape, tokens, 4) + mask
+
+
+def room(runs: Sequence[Run]) -> int:
+    """Runs that fit side by side on this machine: one a GPU; on a CPU one a core as far as memory goes; one at a time
+    where arms are matched by seconds, since neighbours take time from each other."""
+    if any(run.calibration or run.cell.match == "seconds" for run in runs):
+        return 1
+    if gpus := machine.gpus():
+        return len(gpus)
+    available = machine.describe()["memory"]["available_bytes"]
+    largest = max((bytes_needed(run) for run in runs), default=1)
+    return max(1, min(machine.usable_cores(), int(0.9 * available) // largest))

@@ -1,0 +1,153 @@
+"""Running a suite, with a trainer that takes no time: all of it, again, beside each other, and interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planted import suite
+
+from calledshot.experiment import make_report, run_suite
+from calledshot.experiment.running import measurements
+from calledshot.recipe import UsageError
+from calledshot.rundir import RunDirectory, read_jsonl, runs
+
+TRAINER = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
+ARMS = ('name = "base"', 'name = "good"\nset.model.kv_heads = 1', 'name = "other"\nset.model.kv_heads = 4')
+FAILS = 'name = "fails"\nset.model.tied_embeddings = true'
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(path: Path) -> list[list[str]]:
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_everything_is_trained_measured_and_not_done_again(lab):
+    asked = suite(*ARMS, more='evals = [{ name = "more", arguments = ["--more"] }]\n')
+    said = []
+    ran = run_suite(asked, lab, parallel=4, tell=said.append, command=TRAINER)
+    assert ran.exit_code == 0
+    assert [run.state() for run in runs(lab)] == ["done"] * 9
+    assert len(lines(lab / "started")) == 9
+    starts = [text.removesuffix(": starts") for text in said if text.endswith(": starts")]
+    assert starts[:4] == ["planted-base-S-s0", "planted-good-S-s0", "planted-other-S-s0", "planted-base-S-s1"]
+    known = measurements(asked, lab)
+    # The attempt that ended after three tokens says nothing about speed; of the others the quickest counts.
+    assert known["planted-good-S-s0"] == {"more": 1.75, "decode": 102.0}
+    assert known["planted-good-S-s1"] == {"more": 1.75}
+    report = make_report(ran.plan, lab)
+    assert report.analysis.effect("good", "S").verdict == "better"
+    assert report.analysis.effect("other", "S").verdict == "inside the noise"
+    assert report.row("good", "S").decode == 102.0
+
+    said.clear()
+    assert run_suite(asked, lab, tell=said.append, command=TRAINER).exit_code == 0
+    assert len(lines(lab / "started")) == 9
+    assert len(said) == 1 and "9 runs, 9 of them done" in said[0]
+
+
+def test_runs_beside_each_other_share_the_cores(lab, monkeypatch):
+    monkeypatch.setenv("FAKE_SECONDS", "0.05")
+    monkeypatch.setattr("calledshot.experiment.running.machine.usable_cores", lambda: 8)
+    assert run_suite(suite(*ARMS[:2], seeds="[0, 1]"), lab, parallel=2, command=TRAINER).exit_code == 0
+    begun = {name: float(at) for name, _, at in lines(lab / "started")}
+    over = {name: float(at) for name, at, _ in lines(lab / "ended")}
+    assert {threads for *_, threads in lines(lab / "ended")} == {"4"}
+    beside = [sum(begun[other] < end and over[other] > begun[name] for other in begun) for name, end in over.items()]
+    assert max(beside) >= 2
+    instants = sorted(begun.values())
+    assert all(sum(begun[name] <= at < over[name] for name in begun) <= 2 for at in instants)
+
+
+def test_a_failed_arm_stops_nobody_and_is_tried_again_only_when_asked(lab, monkeypatch):
+    asked = suite(*ARMS[:2], FAILS)
+    said = []
+    ran = run_suite(asked, lab, parallel=2, tell=said.append, command=TRAINER)
+    assert ran.exit_code == 1
+    states = {run.name: run.state() for run in runs(lab)}
+    assert sum(state == "done" for state in states.values()) == 6
+    assert all(state == "failed" for name, state in states.items() if "fails" in name)
+    assert any("planted-fails-S-s0: failed after" in text and "the weights are not finite" in text for text in said)
+    report = make_report(ran.plan, lab)
+    assert report.row("fails", "S").states == {"failed": 3}
+    assert [remark.text for remark in report.remarks if remark.kind == "failed"] == ["3 of its 3 runs failed"]
+    assert all("the weights are not finite" in one.message for one in report.runs if one.arm == "fails")
+
+    monkeypatch.setenv("FAKE_MENDED", "1")
+    assert run_suite(asked, lab, command=TRAINER).exit_code == 1
+    assert len(lines(lab / "started")) == 9
+    assert run_suite(asked, lab, command=TRAINER, retry=True).exit_code == 0
+    assert len(lines(lab / "started")) == 12
+
+
+def test_some_arms_and_sizes_alone(lab):
+    asked = suite(*ARMS, sizes=(("S", 64), ("M", 128)), seeds="[0]")
+    assert run_suite(asked, lab, arms=["good"], sizes=["M"], command=TRAINER).exit_code == 0
+    assert [run.name for run in runs(lab)] == ["planted-good-M-s0"]
+
+
+def test_a_run_of_another_recipe_is_not_touched(lab):
+    asked = suite(*ARMS[:2])
+    run_suite(asked, lab, command=TRAINER)
+    longer = replace(asked, sizes=(replace(asked.sizes[0], tokens=200_000),))
+    with pytest.raises(UsageError) as error:
+        run_suite(longer, lab, command=TRAINER)
+    assert "planted-base-S-s0: is a run of another recipe (duration.tokens 100000 -> 200000)" in str(error.value)
+    assert len(lines(lab / "started")) == 6
+
+
+def test_speeds_are_measured_first_where_seconds_are_matched(lab):
+    slow = 'name = "slow"\nset.model.layers = 4\nmatch = "seconds"'
+    ran = run_suite(suite(ARMS[0], slow, seeds="[0]"), lab, command=TRAINER)
+    assert ran.exit_code == 0
+    names = [name for name, *_ in lines(lab / "started")]
+    assert names[:2] == ["planted-base-S-calibration", "planted-slow-S-calibration"]
+    tokens = {arm: ran.plan.cells[arm, "S"].cost.tokens for arm in ("base", "slow")}
+    assert tokens["slow"] == pytest.approx(tokens["base"] / 2, rel=0.01)  # the fake's speed is that of its layers
+    assert RunDirectory(lab / "runs" / names[0]).labels()["archived"]
+    report = make_report(ran.plan, lab)
+    assert report.row("slow", "S").seconds == pytest.approx(report.row("base", "S").seconds, rel=0.01)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from planted import suite
+from test_running import ARMS, TRAINER
+from calledshot.experiment import run_suite
+print(run_suite(suite(*ARMS), Path.cwd(), parallel=2, tell=print, command=TRAINER).exit_code)
+"""
+
+
+def test_ctrl_c_stops_the_runs_after_a_step_and_the_same_command_goes_on(lab):
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "FAKE_SECONDS": "0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while len(read_jsonl(lab / "runs" / "planted-base-S-s0" / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert output.splitlines()[-1] == "130"
+    assert "once more stops them at once" in errors
+    states = {run.name: run.state() for run in runs(lab)}
+    assert states == {"planted-base-S-s0": "interrupted", "planted-good-S-s0": "interrupted"}
+
+    assert run_suite(suite(*ARMS), lab, parallel=4, command=TRAINER).exit_code == 0
+    begun = {}
+    for name, step, _ in lines(lab / "started"):
+        begun.setdefault(name, []).append(int(step))
+    assert begun["planted-base-S-s0"][0] == 0 and begun["planted-base-S-s0"][1] >= 3
+    assert {run.state() for run in runs(lab)} == {"done"}
