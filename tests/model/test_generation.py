@@ -1,14 +1,16 @@
 """Generation: the cache changes nothing, neighbors change nothing, and draws follow their distribution."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from calledshot.data.tokenizer import SMALLEST, Tokenizer
 from calledshot.model import Decoder
 from calledshot.model.generation import CAPACITY_STEP, Completion, Decoding, Request, generate
-from calledshot.model.sampling import WINDOW, Sampling, choose
-from calledshot.recipe import UsageError, schema
+from calledshot.model.sampling import WINDOW, Sampling, banned_tokens, choose
+from calledshot.recipe import Recipe, UsageError, schema
 
 SHAPES = {
     "grouped": schema.Model(layers=2, width=48, heads=6, kv_heads=2, vocabulary=97, context=200),
@@ -120,6 +122,30 @@ def test_rows_of_the_head_past_the_tokenizer_are_never_drawn():
     decoder.head_VD[50:] += 100 * torch.sign(decoder.head_VD[50:])
     drawn = generate(decoder, [Request((1,), 150, Sampling(5.0, seed=0)), Request((1,), 9, Sampling(0))], vocabulary=50)
     assert max(max(each.tokens) for each in drawn) < 50
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 9.0}, {"temperature": 9.0, "top_k": 40}])
+def test_banned_tokens_are_never_drawn_but_where_a_request_stops_at_them(rules):
+    decoder = random_decoder(SHAPES["grouped"])
+    likely = generate(decoder, [Request((1,), 40, Sampling(0))])[0].tokens
+    banned = {*likely, *range(20)}
+    sampling = Sampling(seed=0, **rules)
+    asked = [Request((1,), 60, sampling, logprobs=2), Request((2,), 60, sampling, frozenset(range(20)))]
+    free, stopping = generate(decoder, asked, banned=banned)
+    assert len(free.tokens) == 60 and not banned & set(free.tokens)
+    assert not banned & set(stopping.tokens)
+    if rules["temperature"]:
+        assert stopping.finish == "stop"
+    # The model's own probabilities, of which the banned tokens have their share, are told all the same.
+    assert free.logprobs[0].top[0][0] == likely[0]
+
+
+def test_banned_are_the_special_tokens_that_the_objective_does_not_write():
+    recipe, tokenizer = Recipe(model=SHAPES["grouped"]), Tokenizer.train(["a text"], SMALLEST)
+    specials, sentinels = set(tokenizer.special.values()), set(tokenizer.sentinels)
+    assert banned_tokens(recipe, tokenizer) == specials - {tokenizer.end}
+    spans = replace(recipe, objective=schema.Objective(kind="ul2"))
+    assert banned_tokens(spans, tokenizer) == specials - {tokenizer.end} - sentinels
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ class Running:
 def start(decoder: Decoder, tokenizer: Tokenizer) -> Callable:
     @contextmanager
     def run(*, rows: int = 16, waiting: int = 64, **options) -> Iterator[Running]:
-        engine = Engine(decoder, rows=rows, waiting=waiting, vocabulary=tokenizer.size)
+        engine = Engine(decoder, rows=rows, waiting=waiting, vocabulary=tokenizer.size, banned=tokenizer.reserved)
         served = Served(engine, tokenizer, "tiny", CONTEXT, **options)
         listener, ready = listen("127.0.0.1", 0), threading.Event()
         server = Server(served, ready.set)

@@ -39,7 +39,7 @@ def test_a_completion_is_what_the_model_generates(server):
     answer = server.client.completions.create(model="tiny", prompt="def f", max_tokens=12, temperature=0)
     prompt = (tokenizer.begin, *tokenizer.encode("def f"))
     request = Request(prompt, 12, Sampling(0), frozenset({tokenizer.end}))
-    expected = generate(model, [request], vocabulary=tokenizer.size)[0]
+    expected = generate(model, [request], vocabulary=tokenizer.size, banned=tokenizer.reserved)[0]
     assert answer.choices[0].text == tokenizer.decode(expected.tokens)
     assert answer.choices[0].finish_reason == expected.finish == "length"
     assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == 12

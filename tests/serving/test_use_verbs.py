@@ -61,6 +61,17 @@ def test_a_text_is_completed_and_a_seed_repeats_it(capsys, monkeypatch):
     assert capsys.readouterr().out == texts[0]
 
 
+def test_special_tokens_are_not_written_though_nearly_half_of_this_vocabulary_are(capsys, monkeypatch):
+    rules = ["--tokens", "60", "--temperature", "5", "--top-p", "1", "--seed", "0"]
+    assert main(["generate", "tiny", "def f", "-n", "9", *rules]) == 0
+    written = capsys.readouterr().out
+    typed(monkeypatch, b"hello\n" * 9)
+    assert main(["chat", "tiny", "--template", "turns", *rules]) == 0
+    answered = capsys.readouterr().out
+    assert len(written) > 300 and len(answered) > 100
+    assert "<|" not in written + answered
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -108,9 +108,11 @@ def test_samples_are_what_the_checkpoint_makes_of_the_prompts_with_the_recipes_s
         sampling = Sampling(temperature=0.8, top_p=0.95, seed=loaded.recipe.seed)
         ids = (tokenizer.begin, *tokenizer.encode(row["prompt"]))
         made = generate(
-            loaded.model, [Request(ids, 6, sampling, frozenset({tokenizer.end}))], vocabulary=tokenizer.size
-        )
+            loaded.model, [Request(ids, 6, sampling, frozenset({tokenizer.end}))],
+            vocabulary=tokenizer.size, banned=tokenizer.reserved,
+        )  # fmt: skip
         assert row["text"] == tokenizer.decode(made[0].tokens)
+    assert not any("<|" in row["text"] for row in rows)
 
 
 def test_summary_and_status_say_how_it_ended(run: RunDirectory) -> None:

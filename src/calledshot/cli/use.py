@@ -61,7 +61,7 @@ def generate(
     """Complete a text. Only what is new is printed."""
     positive(tokens=tokens, count=count)
     text = standard_input() if prompt == "-" else prompt
-    from calledshot.model import Request, Sampling
+    from calledshot.model import Request, Sampling, banned_tokens
     from calledshot.serving.console import write
 
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
@@ -72,7 +72,10 @@ def generate(
     requests = [Request(ids, tokens, rule, frozenset({tokenizer.end})) for rule in rules]
     streamed = count == 1 and not json
     start = time.perf_counter()
-    written = write(loaded.model.packed(), tokenizer, requests, stop, show if streamed else lambda number, text: None)
+    written = write(
+        loaded.model.packed(), tokenizer, requests, stop, show if streamed else lambda number, text: None,
+        banned=banned_tokens(loaded.recipe, tokenizer),
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     if json:
         made = sum(one.tokens for one in written)
@@ -113,12 +116,13 @@ def chat(
     /reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
     """
     positive(tokens=tokens)
-    from calledshot.model import Sampling
+    from calledshot.model import Sampling, banned_tokens
     from calledshot.serving.console import Conversation, converse
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     loaded = load(run, dtype)
-    conversation = Conversation(loaded.model.packed(), loaded.tokenizer, template, tokens, sampling, stop)
+    banned = banned_tokens(loaded.recipe, loaded.tokenizer)
+    conversation = Conversation(loaded.model.packed(), loaded.tokenizer, template, tokens, sampling, stop, banned)
     tell(f"{loaded.run.name} at step {loaded.step:,}, context {loaded.model.config.context:,} tokens")
     if template == "plain":
         tell("This is a base model: it was never taught to answer, and goes on with what you write.")
@@ -150,7 +154,7 @@ def serve(
     from calledshot.serving.server import listen, serve, url
 
     with listen(host, port) as listener:
-        from calledshot.model import Engine
+        from calledshot.model import Engine, banned_tokens
         from calledshot.serving import Limits, Served
 
         loaded = load(run, dtype)
@@ -159,7 +163,10 @@ def serve(
             tell(f"No key: whoever reaches {host} can use it. Set {KEY_VARIABLE} to ask for one.")
         if template == "plain":
             tell("This is a base model: the messages of a chat are joined as plain text, and it goes on with that.")
-        engine = Engine(loaded.model, rows=concurrent, waiting=waiting, vocabulary=loaded.tokenizer.size)
+        engine = Engine(
+            loaded.model, rows=concurrent, waiting=waiting,
+            vocabulary=loaded.tokenizer.size, banned=banned_tokens(loaded.recipe, loaded.tokenizer),
+        )  # fmt: skip
         name = f"{loaded.run.name}@{loaded.step}" if "@" in run else loaded.run.name
         limits = Limits(body, concurrent + waiting, tokens)
         context = loaded.model.config.context

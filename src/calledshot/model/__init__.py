@@ -6,7 +6,7 @@ from calledshot.model.engine import Engine, Overloaded
 from calledshot.model.evaluate import BatchTensors, batch_nats, document_nats
 from calledshot.model.generation import Completion, Decoding, Logprob, Request, generate, steps
 from calledshot.model.prompting import continuing
-from calledshot.model.sampling import Sampling
+from calledshot.model.sampling import Sampling, banned_tokens
 
 __all__ = [
     "BatchTensors",
@@ -22,6 +22,7 @@ __all__ = [
     "Reading",
     "Request",
     "Sampling",
+    "banned_tokens",
     "batch_nats",
     "continuing",
     "document_nats",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from calledshot.model.decoder import Decoder
 from calledshot.model.generation import Completion, Decoding, Request
@@ -20,10 +20,13 @@ class Overloaded(Exception):
 class Engine:
     """Owns a model and the thread that runs it. Its methods may be called from any thread."""
 
-    def __init__(self, model: Decoder, *, rows: int = 16, waiting: int = 64, vocabulary: int = 0) -> None:
-        """Up to `rows` completions run together, each in a row of the cache, and `waiting` more wait in line."""
+    def __init__(
+        self, model: Decoder, *, rows: int = 16, waiting: int = 64, vocabulary: int = 0, banned: Collection[int] = ()
+    ) -> None:
+        """Up to `rows` completions run together, each in a row of the cache, and `waiting` more wait in line;
+        `vocabulary` and `banned` as for `Decoding`."""
         self.rows, self.most_waiting = rows, waiting
-        self._decoding = Decoding(model.packed(), vocabulary)
+        self._decoding = Decoding(model.packed(), vocabulary, banned)
         self._waiting: deque[Completion] = deque()
         self._notify: dict[Completion, Callable[[], None]] = {}
         self._cancelled: set[Completion] = set()
@@ -95,7 +98,7 @@ class Engine:
                     self._decoding.step()
             except Exception as error:  # out of memory, say: their askers are told, and the next ones served
                 log.exception("a step failed")
-                self._decoding = Decoding(self._decoding.model, self._decoding.vocabulary)
+                self._decoding = Decoding(self._decoding.model, self._decoding.vocabulary, self._decoding.banned)
                 for each in moved:
                     each.error, each.finish = error, each.finish or "failed"
             self._tell(moved)

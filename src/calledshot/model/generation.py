@@ -5,9 +5,10 @@ Shapes: B rows, T longest prompt, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,11 +88,14 @@ class Completion:
 class Decoding:
     """Completions in the making. Rows of the cache are the `active` ones in order; they come and go between steps."""
 
-    def __init__(self, model: Decoder, vocabulary: int = 0) -> None:
-        """`vocabulary` is the tokenizer's size: rows of the head past it stand for nothing and are never drawn."""
+    def __init__(self, model: Decoder, vocabulary: int = 0, banned: Collection[int] = ()) -> None:
+        """`vocabulary` is the tokenizer's size: rows of the head past it stand for nothing and are never drawn. Nor are
+        the ids in `banned` (`banned_tokens`), unless a request stops at them; log-probabilities are as without."""
         self.model = model
         self.context = model.config.context
         self.vocabulary = vocabulary or model.derived.vocabulary
+        self.banned = frozenset(token for token in banned if token < self.vocabulary)
+        self._banned = torch.tensor(sorted(self.banned), dtype=torch.int64, device=model.embedding_VD.device)
         self.active: list[Completion] = []
         with torch.inference_mode():
             self._cache = model.new_cache(1, CAPACITY_STEP)
@@ -201,7 +205,7 @@ class Decoding:
         logits_BV = logits_BV[:, : self.vocabulary]
         rules = [each.request.sampling for each in completions]
         uniforms = [0.0 if each.request.sampling.greedy else each.uniforms.random() for each in completions]
-        chosen = choose(logits_BV, rules, uniforms).tolist()
+        chosen = choose(self._allowed(completions, logits_BV), rules, uniforms).tolist()
         recorded = self._logprobs(completions, logits_BV, chosen)
         for row, (each, token) in enumerate(zip(completions, chosen, strict=True)):
             if each.room and token in each.request.stop:
@@ -213,6 +217,16 @@ class Decoding:
                 each.tokens.append(token)
             if len(each.tokens) == each.room:
                 each.finish = "length"
+
+    def _allowed(self, completions: Sequence[Completion], logits_BV: Tensor) -> Tensor:
+        """The logits without what is banned."""
+        if not self.banned:
+            return logits_BV
+        allowed_BV = logits_BV.index_fill(1, self._banned, -math.inf)
+        for row, each in enumerate(completions):
+            for token in each.request.stop & self.banned:
+                allowed_BV[row, token] = logits_BV[row, token]
+        return allowed_BV
 
     def _logprobs(self, completions: Sequence[Completion], logits_BV: Tensor, chosen: list[int]) -> dict[int, Logprob]:
         rows = [row for row, each in enumerate(completions) if each.request.logprobs is not None]
@@ -271,9 +285,11 @@ def steps(decoding: Decoding, completions: Iterable[Completion], rows: int = 32)
             yield
 
 
-def generate(model: Decoder, requests: Sequence[Request], *, vocabulary: int = 0, rows: int = 32) -> list[Completion]:
+def generate(
+    model: Decoder, requests: Sequence[Request], *, vocabulary: int = 0, banned: Collection[int] = (), rows: int = 32
+) -> list[Completion]:
     """Complete all requests, at most `rows` at a time. UsageError, before any work, for a prompt that is too long."""
-    decoding = Decoding(model, vocabulary)
+    decoding = Decoding(model, vocabulary, banned)
     for request in requests:
         decoding.check(request)
     completions = [Completion(request) for request in requests]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calledshot.recipe import UsageError
+from calledshot.data import Tokenizer
+from calledshot.recipe import Recipe, UsageError
+from calledshot.recipe.objectives import denoisers
 
 WINDOW = 128
 """Entries that are sorted first: they hold the whole of most truncated distributions, and sorting all 8,192 of a
@@ -53,6 +55,14 @@ class Sampling:
     @property
     def truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def banned_tokens(recipe: Recipe, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that a model of `recipe` is not to write: the special ones but the end, and but the sentinels where it was
+    taught to write them. It has hardly seen them, so that a young one gives each of some 270 as much as any rare token.
+    """
+    spans = any(task.kind == "span" for task in denoisers(recipe.objective))
+    return tokenizer.reserved - frozenset(tokenizer.sentinels if spans else ())
 
 
 def choose(logits_BV: Tensor, rules: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from calledshot.data import Tokenizer
@@ -28,11 +28,13 @@ def write(
     requests: Sequence[Request],
     stop: Sequence[str] = (),
     show: Callable[[int, str], None] = lambda number, text: None,
+    banned: Collection[int] = (),
 ) -> list[Written]:
-    """Complete requests together. `show` gets each one's text piece by piece, with its number, as it comes."""
+    """Complete requests together, without the tokens in `banned`. `show` gets each one's text piece by piece, with its
+    number, as it comes."""
     if "" in stop:
         raise UsageError("--stop '': an empty text would end everything before it begins")
-    decoding = Decoding(model, tokenizer.size)
+    decoding = Decoding(model, tokenizer.size, banned)
     for request in requests:
         decoding.check(request)
     completions = [Completion(request) for request in requests]
@@ -67,6 +69,8 @@ class Conversation:
     """Most tokens of an answer."""
     sampling: Sampling
     stop: Sequence[str] = ()
+    banned: Collection[int] = ()
+    """Tokens that are never written."""
     messages: list[chat.Message] = field(default_factory=list)
     answers: int = 0
 
@@ -97,7 +101,7 @@ class Conversation:
             show(piece)
 
         with contextlib.suppress(KeyboardInterrupt):
-            write(self.model, self.tokenizer, [request], self.stop, keep)
+            write(self.model, self.tokenizer, [request], self.stop, keep, self.banned)
         self.messages = [*messages, chat.Message("assistant", "".join(answer))]
         self.answers += 1
         return forgotten

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from calledshot.data import HeldOut, Tokenizer
-from calledshot.model import Decoder, Request, Sampling, batch_nats, generate
+from calledshot.model import Decoder, Request, Sampling, banned_tokens, batch_nats, generate
 from calledshot.recipe import Recipe
 from calledshot.rundir import RunDirectory
 from calledshot.training.stop import Stop
@@ -52,5 +52,6 @@ def write_samples(model: Decoder, tokenizer: Tokenizer, recipe: Recipe, run: Run
             -(recipe.model.context - 4) :
         ]  # room for a mode token and a gap
         requests.append(Request(tuple(ids), recipe.evals.sample_tokens, sampling, frozenset({tokenizer.end})))
-    for prompt, made in zip(recipe.evals.prompts, generate(model, requests, vocabulary=tokenizer.size), strict=True):
+    completions = generate(model, requests, vocabulary=tokenizer.size, banned=banned_tokens(recipe, tokenizer))
+    for prompt, made in zip(recipe.evals.prompts, completions, strict=True):
         run.writer("samples").append({"step": step, "prompt": prompt, "text": tokenizer.decode(made.tokens)})
