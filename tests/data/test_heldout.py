@@ -154,7 +154,7 @@ def test_suffixes_are_the_same_for_every_topology_and_objective(held_out):
 
 def test_bytes_of_suffixes_are_those_of_the_predicted_text(held_out):
     made = model_of(held_out, "encoder-decoder")
-    assert made.suffixes and not model_of(held_out, "ul2 decoder").suffixes
+    assert made.asking.suffixes and not model_of(held_out, "ul2 decoder").asking.suffixes
     for tokens in (0, 700):
         selection, found = predicted(made, tokens)
         tokenizer, expected = held_out.prepared.tokenizer, dict.fromkeys(selection.names, 0)

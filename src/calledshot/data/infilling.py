@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from calledshot.data.frames import denoising_of
-from calledshot.data.heldout import Selection, documents_of, read_ids
+from calledshot.data.heldout import documents_of
 from calledshot.data.packing import PIECE
 from calledshot.data.prepared import Prepared
+from calledshot.data.scores import Selection
 from calledshot.data.shards import Readers
 from calledshot.data.splitting import document_hash
 from calledshot.objective import Batch, examples, lay_out
@@ -57,14 +58,9 @@ class Infilling:
         self.names = tuple(documents.names[number] for number in self._documents)
         """Id of each triple's document."""
         self._languages = tuple(documents.languages[number] for number in self._documents)
-        self._places = documents.places[self._documents]
-        readers = Readers()
-        self.ids = np.stack(
-            [
-                read_ids(prepared, documents.shards[shard], offset + start, 1 + whole, readers)
-                for (shard, offset), start in zip(self._places.tolist(), self._starts.tolist(), strict=True)
-            ]
-        ).astype(np.int32)
+        read = documents.reader(prepared, self._documents, Readers())
+        starts = enumerate(self._starts.tolist())
+        self.ids = np.stack([read(triple, start, 1 + whole) for triple, start in starts]).astype(np.int32)
         """int32 (N, 1 + left + middle + right): the id before each triple, and the triple."""
         first = 1 + lengths[0]
         self.bytes = np.array(
@@ -88,7 +84,6 @@ class Infilling:
             self.bytes,
             np.full(len(pieces), self.ids.shape[1]),
             np.full(len(pieces), self.lengths[1]),
-            self._places,
             self.prepared.tokenizer.lossless,
         )
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from calledshot.data import HeldOut, Prepared, Selection, Tokenizer
-from calledshot.data.packing import pack
+from calledshot.data import Asking, HeldOut, Infilling, Prepared, Selection
 from calledshot.data.tokenizer import as_array
 from calledshot.model import Decoder
 from calledshot.model.evaluate import document_nats
-from calledshot.objective import Batch, causal
+from calledshot.objective import Batch
 from calledshot.recipe import RunError, UsageError
+from calledshot.recipe.objectives import denoisers
 from calledshot.rundir import RunDirectory
 from calledshot.stats import Interval, bootstrap_interval, mean_interval
 from calledshot.training import Loaded
@@ -27,6 +27,12 @@ BOOTSTRAP_DOCUMENTS = 2000
 """Up to so many documents intervals are bootstrapped; past it Student's t says the same at once."""
 
 Split = Literal["held-out", "train"]
+Predict = Literal["auto", "whole", "suffixes", "gaps"]
+"""What is predicted of a document: all of it; of each piece the part after a prefix, which every topology can and of
+the same bytes; a stretch in its middle, from both sides by models that learned to fill gaps and else from the left.
+`auto` is all of it, or suffixes where there is an encoder."""
+GAPS = 512
+"""Gaps of each source."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -122,13 +128,14 @@ def score_prepared(
     sources: Sequence[str] = (),
     tokens: int = 0,
     split: Split = "held-out",
+    predict: Predict = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Scored]:
-    """Whole documents of the sources (all that have some) by source, about `tokens` targets each, all for 0."""
+    """Documents of the sources (all that have some) by source, about `tokens` targets each, all for 0."""
     if split == "train":
         as_if = tuple(replace(source, held_out=source.train) for source in prepared.sources)
         prepared = replace(prepared, sources=as_if)
-    held_out = HeldOut(prepared, loaded.recipe)
+    held_out = HeldOut(prepared, loaded.recipe, None if predict in ("auto", "gaps") else predict == "suffixes")
     if not held_out.sources:
         raise UsageError(f"{prepared.path}: no source holds documents out; evaluate other text with --text FILE")
     for name in sources:
@@ -136,10 +143,22 @@ def score_prepared(
     rows = _rows(loaded.model)
     scored = {}
     for name in sources or held_out.sources:
+        if predict == "gaps":
+            scored[name] = _score_gaps(loaded, prepared, name, progress)
+            continue
         selection = held_out.select(name, tokens)
         batches = held_out.batches(name, tokens, rows)
         scored[name] = _score(loaded.model, selection, batches, progress)
     return scored
+
+
+def _score_gaps(loaded: Loaded, prepared: Prepared, source: str, progress: Progress | None) -> Scored:
+    gaps = Infilling(prepared, loaded.recipe, source, GAPS)
+    both_sides = any(one.kind == "span" for one in denoisers(loaded.recipe.objective))
+    if not both_sides and loaded.model.encoder is not None:
+        raise UsageError(f"{loaded.run.path}: an encoder-decoder that learned no gaps cannot fill any")
+    selection = gaps.select(both_sides)
+    return _score(loaded.model, selection, gaps.batches(both_sides, _rows(loaded.model)), progress)
 
 
 def read_texts(files: Sequence[Path]) -> dict[str, str]:
@@ -158,37 +177,17 @@ def read_texts(files: Sequence[Path]) -> dict[str, str]:
 
 
 def score_texts(loaded: Loaded, texts: dict[str, str], progress: Progress | None = None) -> Scored:
-    """Score texts by name, each one document, cut into rows as held-out documents are."""
-    context, tokenizer = loaded.recipe.model.context, loaded.tokenizer
-    documents = [as_array(tokenizer, text, np.dtype(np.int32)) for text in texts.values()]
+    """Score texts by name, each one document, put to the model as held-out documents are."""
+    asking = Asking(loaded.recipe, loaded.tokenizer)
+    documents = [as_array(loaded.tokenizer, text, np.dtype(np.int32)) for text in texts.values()]
+
+    def read(document: int, start: int, count: int) -> np.ndarray:
+        return documents[document][start : start + count]
+
     ids = np.array([len(document) for document in documents], np.int64)
-    windows = list(pack([ids], context))
-    selection = Selection(
-        source="text",
-        pieces=np.concatenate([pieces for pieces, _ in windows]),
-        row_starts=np.concatenate([[0], np.cumsum(np.concatenate([counts for _, counts in windows]))]),
-        names=tuple(texts),
-        languages=("und",) * len(texts),
-        bytes=np.array([len(text.encode()) for text in texts.values()], np.int64),
-        ids=ids,
-        targets=ids - 1,
-        places=np.zeros((len(ids), 2), np.int64),
-        lossless=tokenizer.lossless,
-    )
-    batches = _batches(selection, documents, tokenizer, context, _rows(loaded.model))
-    return _score(loaded.model, selection, batches, progress)
-
-
-def _batches(
-    selection: Selection, documents: list[np.ndarray], tokenizer: Tokenizer, context: int, rows: int
-) -> Iterator[Batch]:
-    for first in range(0, selection.rows, rows):
-        filled = []
-        for row in range(first, min(first + rows, selection.rows)):
-            pieces = selection.pieces[selection.row_starts[row] : selection.row_starts[row + 1]]
-            places = pieces[["document", "start", "pairs"]].tolist()
-            filled.append([documents[number][start : start + pairs + 1] for number, start, pairs in places])
-        yield causal(filled, [0] * len(filled), context, tokenizer.pad)
+    size = np.array([len(text.encode()) for text in texts.values()], np.int64)
+    selection = asking.select("text", list(texts), ["und"] * len(texts), ids, size, read)
+    return _score(loaded.model, selection, asking.batches(selection, read, _rows(loaded.model)), progress)
 
 
 def _score(model: Decoder, selection: Selection, batches: Iterator[Batch], progress: Progress | None) -> Scored:
