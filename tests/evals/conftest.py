@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,13 @@ def lab(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_run(lab) -> Callable[..., RunDirectory]:
-    """Makes a run in the lab with a checkpoint of the decoder as `fill` leaves it."""
+    """Makes a run in the lab with a checkpoint of the model as `fill` leaves it."""
 
-    def make(name: str, fill: Callable[[Decoder], None]) -> RunDirectory:
+    def make(
+        name: str, fill: Callable[[Decoder], None], topology: str = "decoder", kind: str = "causal"
+    ) -> RunDirectory:
         recipe = small_recipe(lab)
+        recipe = replace(recipe, model=replace(recipe.model, topology=topology), objective=schema.Objective(kind=kind))
         prepared = prepare(recipe, lab)
         run = RunDirectory.create(lab / "runs" / name, recipe_toml=to_toml(recipe), identity=identity(recipe))
         prepared.tokenizer.save(run.path / "tokenizer.json")

@@ -30,6 +30,13 @@ def eval_(
     split: Annotated[
         Literal["held-out", "train"], Parameter(help="Documents held out, or those trained on.")
     ] = "held-out",
+    predict: Annotated[
+        Literal["auto", "whole", "suffixes", "gaps"],
+        Parameter(
+            help="All of a document; the suffixes of its pieces, which all topologies can; or gaps in its middle. auto "
+            "is all, or suffixes where there is an encoder."
+        ),
+    ] = "auto",
     text: Annotated[
         tuple[Path, ...], Parameter(negative=(), consume_multiple=True, help="Text files to score instead.")
     ] = (),
@@ -42,8 +49,10 @@ def eval_(
 ) -> None:
     """Loss, perplexity and bits per byte of held-out documents, by source and language.
 
-    Every document is predicted from its beginning, in rows of the model's context, its end included. Intervals are
-    95 %, over documents. What comes out is kept in the run's evals/.
+    Every document is predicted from its beginning, in rows of the model's context, its end included. With `--predict
+    suffixes` models of different topologies and objectives predict the same bytes, with `gaps` the same stretches of 16
+    tokens: from both sides where they learned to, else from the left. Intervals are 95 %, over documents. What comes
+    out is kept in the run's evals/.
     """
     from calledshot.cli.progress import bar
     from calledshot.evals import evaluate
@@ -55,7 +64,7 @@ def eval_(
     checkpoints = [resolve_checkpoint(reference, lab) for reference in runs]
     with bar() as progress:
         evaluations = [
-            evaluate(run, step, sources=source, tokens=tokens, split=split, texts=text,
+            evaluate(run, step, sources=source, tokens=tokens, split=split, predict=predict, texts=text,
                      with_compressors=compressors, dtype=dtype, progress=progress)
             for run, step in checkpoints
         ]  # fmt: skip
@@ -90,13 +99,17 @@ def rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
 
 def line(run: str, source: str, measure: Measure, against: str = "") -> tuple[str, ...]:
     """One row of the table."""
+    from calledshot.stats import FEW
+
     bits = measure.bits_per_byte
     known = math.isfinite(bits.half_width)
+    interval = [f"[{bits.low:.3f}, {bits.high:.3f}]"] if known else []
+    interval += ["few documents"] if measure.documents < FEW else []
     shown = "n/a" if math.isnan(bits.value) else f"{bits.value:.3f}"
     return (
         run, source, f"{measure.documents:,}", f"{measure.tokens:,}", f"{measure.bytes_per_token:.2f}",
         f"{measure.loss.value:.3f}", f"{measure.perplexity:,.2f}", shown,
-        f"[{bits.low:.3f}, {bits.high:.3f}]" if known else "", against,
+        " ".join(interval), against,
     )  # fmt: skip
 
 

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 from calledshot.evals.compression import compressors
-from calledshot.evals.scoring import Progress, Scored, Split, prepared_data, read_texts, score_prepared, score_texts
+from calledshot.evals.scoring import (
+    Predict,
+    Progress,
+    Scored,
+    Split,
+    prepared_data,
+    read_texts,
+    score_prepared,
+    score_texts,
+)
 from calledshot.recipe import UsageError
 from calledshot.rundir import RunDirectory, utc_now
 from calledshot.stats import Comparison, paired_comparison
@@ -77,6 +86,7 @@ def evaluate(
     sources: Sequence[str] = (),
     tokens: int = 0,
     split: Split = "held-out",
+    predict: Predict = "auto",
     texts: Sequence[Path] = (),
     with_compressors: bool = False,
     dtype: str = "auto",
@@ -92,6 +102,10 @@ def evaluate(
         raise UsageError(f"--tokens {tokens}: must be 0, which reads all, or more")
     if with_compressors and (tokens or texts or split != "held-out"):
         raise UsageError("--compressors reads all held-out documents: leave out --tokens, --text and --split")
+    if predict != "auto" and (texts or with_compressors):
+        raise UsageError(f"--predict {predict} is of held-out documents: leave out --text and --compressors")
+    if predict == "gaps" and tokens:
+        raise UsageError("--predict gaps takes the same gaps always: leave out --tokens")
     read = read_texts(texts)
     prepared = None if read else prepared_data(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,9 +115,12 @@ def evaluate(
         digest = hashlib.sha256("\0".join(read.values()).encode()).hexdigest()[:8]
         scored = {"text": score_texts(loaded, read, progress)}
         return Evaluation(run, loaded.step, "text", dtype, scored, f"-{digest}")
-    scored = score_prepared(loaded, prepared, sources=sources, tokens=tokens, split=split, progress=progress)
+    scored = score_prepared(
+        loaded, prepared, sources=sources, tokens=tokens, split=split, predict=predict, progress=progress
+    )
     references = {source: compressors(prepared, source, progress) for source in scored} if with_compressors else {}
     detail = "".join(f"-{re.sub(r'[^0-9A-Za-z_.]+', '_', part)}" for part in (*sources, str(tokens or "")) if part)
+    detail += "" if predict == "auto" else f"-{predict}"
     return Evaluation(run, loaded.step, split, dtype, scored, detail, references)
 
 

@@ -216,6 +216,7 @@ def _rows(model: Decoder) -> int:
 
 
 def _ratio(amounts: np.ndarray, sizes: np.ndarray) -> Interval:
-    """Sum over sum, with its interval over documents."""
+    """Sum over sum, with its interval over documents; what it costs to predict text is never below 0."""
     interval = bootstrap_interval if len(sizes) <= BOOTSTRAP_DOCUMENTS else mean_interval
-    return interval(amounts / sizes, weights=sizes)
+    found = interval(amounts / sizes, weights=sizes)
+    return found if math.isinf(found.low) else replace(found, low=max(found.low, 0.0))
