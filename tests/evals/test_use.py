@@ -78,6 +78,8 @@ def test_any_text_can_be_scored(random_run, capsys, tmp_path):
     (printed,) = json.loads(capsys.readouterr().out)
     assert printed["sources"]["text"]["documents"] == 2
     assert printed["sources"]["text"]["bytes"] == 26
+    assert main(["eval", "random", "--text", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("] few documents")
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,14 @@ def test_differences_are_paired_by_document_and_noise_is_called_noise(tmp_path):
     assert "95 % 1.530 to 1.570 over documents" in html
 
 
+def test_an_interval_over_few_documents_says_so(tmp_path):
+    run = write_run(tmp_path / "demo", steps=20, restart=None)
+    evaluate(run, [1.4, 1.6])
+    html = page([run], tmp_path)
+    assert "95 % 1.480 to 1.520 over few documents (2)" in html
+    assert "<td>1.480 to 1.520, few documents</td>" in re.sub(r"<td[^>]*>", "<td>", html)
+
+
 def test_an_evaluation_of_more_text_replaces_the_runs_own(tmp_path):
     run = write_run(tmp_path / "demo", steps=20, restart=None)
     evaluate(run, [1.4, 1.6])

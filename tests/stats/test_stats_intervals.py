@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from calledshot.stats import Interval, bootstrap_interval, mean_interval, wilson
+from calledshot.stats import FEW, Interval, bootstrap_interval, mean_interval, wilson
 
 outcomes = st.lists(st.integers(0, 5), min_size=2, max_size=40)
 
@@ -114,11 +114,23 @@ def test_only_intervals_by_cluster_cover_the_truth_when_items_depend() -> None:
     assert all(273 <= covered[method] <= 297 for method in ("t", "bca", "percentile"))
 
 
-@given(outcomes, st.integers(0, 2**32))
+@given(st.lists(st.integers(0, 5), min_size=FEW, max_size=40), st.integers(0, 2**32))
 def test_bootstrap_stays_within_the_sample_and_repeats_itself(values: list[int], seed: int) -> None:
     interval = bootstrap_interval(values, resamples=200, seed=seed)
     assert min(values) <= interval.low <= interval.value <= interval.high <= max(values)
     assert interval == bootstrap_interval(values, resamples=200, seed=seed)
+
+
+def test_few_documents_of_very_different_sizes_are_not_made_to_look_solid() -> None:
+    """Bits per byte around 1, sizes log-normal: how many of 500 intervals hold the truth?"""
+    rng = np.random.default_rng(9)
+    for documents in (2, 3, 5, FEW - 1):
+        covered = by_count = 0
+        for _ in range(500):
+            sizes, bits = np.exp(rng.normal(8, 1.2, documents)), rng.normal(1, 0.3, documents)
+            covered += 1 in bootstrap_interval(bits, weights=sizes)
+            by_count += 1 in mean_interval(bits, weights=sizes)
+        assert covered >= 460 > by_count, documents
 
 
 def test_a_sample_without_spread_has_an_interval_without_width() -> None:

@@ -50,6 +50,7 @@ def _tables(value: object) -> dict[str, dict[str, Any]]:
 
 def _measure(measure: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = (figures.nats(measure.get(f"bits_per_byte_{end}")) for end in ("low", "high"))
+    interval = "" if figures.MISSING in (low, high) else f"{low} to {high}"
     return (
         figures.whole(measure.get("documents")),
         figures.count(measure.get("tokens")),
@@ -57,8 +58,16 @@ def _measure(measure: Mapping[str, Any]) -> tuple[str, ...]:
         figures.nats(measure.get("loss")),
         figures.significant(measure.get("perplexity")),
         figures.nats(measure.get("bits_per_byte")),
-        figures.MISSING if figures.MISSING in (low, high) else f"{low} to {high}",
+        ", ".join(filter(None, (interval, _few(measure)))) or figures.MISSING,
     )
+
+
+def _few(measure: Mapping[str, Any]) -> str:
+    """A warning about how few documents an interval is over; empty where there are enough, or it is not said."""
+    from calledshot.stats import FEW
+
+    documents = finite(measure.get("documents"))
+    return "few documents" if documents is not None and documents < FEW else ""
 
 
 def interval(view: View, source: str, bits_per_byte: float) -> str:
@@ -69,7 +78,8 @@ def interval(view: View, source: str, bits_per_byte: float) -> str:
         if value is None or low is None or high is None or summary.get("kind") != "held-out":
             continue
         if finite(summary.get("step")) == view.reached["step"] and math.isclose(value, bits_per_byte, rel_tol=1e-3):
-            return f"95 % {figures.nats(low)} to {figures.nats(high)} over documents"
+            over = f"few documents ({figures.whole(measure['documents'])})" if _few(measure) else "documents"
+            return f"95 % {figures.nats(low)} to {figures.nats(high)} over {over}"
     return ""
 
 

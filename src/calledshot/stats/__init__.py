@@ -6,7 +6,7 @@ Only numpy and scipy.special, since importing scipy.stats takes half a second.
 from calledshot.stats.binomial import binomial_test
 from calledshot.stats.discovery import benjamini_hochberg, benjamini_yekutieli, bonferroni, holm
 from calledshot.stats.formatting import format_interval, format_value
-from calledshot.stats.intervals import Interval, bootstrap_interval, mean_interval, wilson
+from calledshot.stats.intervals import FEW, Interval, bootstrap_interval, mean_interval, wilson
 from calledshot.stats.paired import Comparison, mcnemar, paired_comparison, paired_permutation
 from calledshot.stats.power import (
     items_needed,
@@ -18,6 +18,7 @@ from calledshot.stats.power import (
 )
 
 __all__ = [
+    "FEW",
     "Comparison",
     "Interval",
     "benjamini_hochberg",
