@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from data_helpers import recipe_for, story, write_jsonl
 
-from calledshot.data import Prepared, prepare, workers
+from calledshot.data import Prepared, Tokenizer, prepare, workers
+from calledshot.data.prepare import locked
 from calledshot.data.splitting import document_hash
 from calledshot.recipe import RunError, UsageError, to_toml
 from calledshot.recipe.schema import Source
@@ -133,9 +135,58 @@ def test_an_error_far_inside_a_file_is_told_as_one_line(tmp_path, monkeypatch):
     prepare(recipe_for(Source(path="a.jsonl")), tmp_path).tokenizer.save(tmp_path / "given.json")
     with open(tmp_path / "a.jsonl", "a") as stream:
         stream.write('{"body": 1}\n')
+    before = set((tmp_path / "data").iterdir())
     for one in (recipe, recipe_for(Source(path="a.jsonl"))):
         with pytest.raises(UsageError, match="no field 'text'; there are body"):
             prepare(one, tmp_path)
+    for folder in set((tmp_path / "data").iterdir()) - before:
+        assert list(folder.glob("sources/*/chunk-*.json")), "only what others can go on from is left"
+
+
+def test_documents_that_all_have_one_id_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for name in ("x", "y", "z"):  # some are held out by chance, some not
+        path.write_text("".join(json.dumps({"id": name, "text": f"text {n}"}) + "\n" for n in range(60)))
+        with pytest.raises(UsageError, match=rf"a\.jsonl: all 60 documents have the id '{name}'.*`id_field`"):
+            prepare(recipe_for(Source(path=str(path))), tmp_path)
+    path.write_text(json.dumps({"id": "x", "text": "alone"}) + "\n")
+    assert prepare(recipe_for(Source(path=str(path))), tmp_path).sources[0].train.documents == 1
+
+
+def test_what_failed_before_anything_was_done_leaves_nothing(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", 60)
+    path.write_text(path.read_text() + "not JSON\n")
+    with pytest.raises(UsageError, match="not a JSON object"):
+        prepare(recipe_for(Source(path=str(path))), tmp_path)
+    assert list((tmp_path / "data").iterdir()) == []
+    write_jsonl(tmp_path / "a.jsonl", 60)
+    monkeypatch.setattr(Tokenizer, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe_for(Source(path=str(path))), tmp_path)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_who_waits_for_a_preparation_that_fails_makes_its_own(tmp_path):
+    folder = tmp_path / "data" / "a"
+    held, waited = threading.Event(), []
+
+    def wait() -> None:
+        held.set()
+        with locked(folder):
+            waited.append((folder / "lock").exists())
+
+    with locked(folder):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        held.wait()
+        time.sleep(0.1)
+        shutil.rmtree(folder)
+    waiting.join(10)
+    assert waited == [True]
 
 
 SCRIPT = """

@@ -130,6 +130,8 @@ def test_extends_in_a_circle_is_refused(tmp_path):
     [
         ("model.layrs=3", "model.layers"),
         ("modle.layers=3", "model.layers"),
+        ("MODEL.LAYERS=3", "did you mean model.layers?"),
+        ("Layers=3", "did you mean model.layers?"),
         ("layers=3", "model.layers"),
         ("lr=3", "shot recipe keys"),
         ("optimiser.learning_rate=1", "optimizer.learning_rate"),

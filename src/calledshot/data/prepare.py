@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,13 +55,13 @@ def prepare(recipe: Recipe, lab: Path | str, progress: Progress | None = None) -
     corpora, given, key, folder = _ask(recipe, Path(lab))
     progress("sources", 1, 1)
     if not _complete(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
         with locked(folder) as lock:
-            if not _complete(folder):
-                _build(recipe, corpora, given, key, folder, lock, progress)
+            try:
+                if not _complete(folder):
+                    _build(recipe, corpora, given, key, folder, lock, progress)
+            except BaseException as error:
+                _clear(folder, isinstance(error, UsageError))
+                raise
     prepared = Prepared.open(folder)
     check_size(prepared.tokenizer, recipe.model.vocabulary)
     return prepared
@@ -81,13 +82,42 @@ def _ask(recipe: Recipe, lab: Path) -> tuple[list[Corpus], Path | None, str, Pat
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder's lock, and give its descriptor; waits while another process has it.
+    """Make the folder where it is missing, hold its lock, and give the lock's descriptor; waits while another process
+    has it.
 
     A killed process lets go of it, once those that inherited the descriptor have ended too.
     """
-    with open(folder / "lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield stream.fileno()
+    while (descriptor := _lock(folder)) is None:
+        pass
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock; None where who had it before has failed, and removed the folder with it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made ({error.strerror})") from None
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder / "lock")):
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _clear(folder: Path, useless: bool) -> None:
+    """Remove a folder in which a failed attempt left nothing to continue from: no finished chunk, and no tokenizer
+    either unless that is `useless` too. For the holder of its lock."""
+    done = [*folder.glob("sources/*/chunk-*.json"), *folder.glob(MANIFEST)]
+    if not done and (useless or not (folder / "tokenizer.json").exists()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _complete(folder: Path) -> bool:

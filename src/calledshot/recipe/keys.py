@@ -85,8 +85,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def suggestion(key: str) -> str:
-    """What to say after an unknown key: the nearest known one, or where to look."""
-    known = names()
+    """What to say after an unknown key: the nearest known one, whatever its case, or where to look."""
+    known, key = names(), key.lower()
     sections = sorted({name.split(".")[0] for name in known if "." in name})
     if "." not in key and (section := nearest(key, sections)):
         return f"did you mean {section}?"
