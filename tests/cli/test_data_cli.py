@@ -103,6 +103,22 @@ def test_show_prints_what_the_model_reads(lab, capsys):
     assert "--rows -1" in run(capsys, "show", "r.toml", "--rows", "-1", code=2).err
 
 
+def test_show_marks_what_is_seen_both_ways_and_what_the_encoder_reads(lab, capsys):
+    run(capsys, "build", "r.toml")
+    prefix = ("objective.kind=prefix", "model.topology=prefix")
+    out = run(capsys, "show", "r.toml", *prefix).out
+    assert "; prefix 50%)" in out and "⟪<|begin|>" in out and "⟪…⟫ is 0, seen both ways" in out
+    spans = ("objective.kind=span", "model.topology=encoder-decoder", "batch.tokens=512")
+    out = run(capsys, "show", "r.toml", *spans).out
+    assert "4 rows of 64 + 64" in out and "; span 15% by 3)" in out
+    assert "«<|begin|>" in out and "⟦<|begin|>⟧<|sentinel_0|>" in out and "«…» is 0, read by the encoder" in out
+    shown = json.loads(run(capsys, "show", "r.toml", *spans, "--json").out)
+    piece = shown["rows"][0][0]
+    assert "<|sentinel_0|>" in piece["inputs"] and piece["text"].startswith("<|begin|>")
+    refused = run(capsys, "show", "r.toml", "model.topology=encoder-decoder", "batch.tokens=512", code=2).err
+    assert "objective.kind = 'causal' has causal text, which gives an encoder nothing to read" in refused
+
+
 def test_show_run_names_the_documents_under_a_spike(lab, capsys):
     run(capsys, "build", "r.toml")
     loaded = load_recipe("r.toml")

@@ -140,6 +140,8 @@ def test_suffixes_are_the_same_for_every_topology_and_objective(held_out):
         assert selection.tokens == sum(map(len, suffixes.values()))
         modes = {given[0] for _, given in found.values()} & {tokenizer.special[f"<|{mode}|>"] for mode in "RSX"}
         assert modes == ({tokenizer.special["<|S|>"]} if "ul2" in name else set())
+        both_ways = any(batch.regions.any() for batch in made.batches("a", 900))
+        assert both_ways == (name == "prefix")
         gaps = [tokenizer.sentinels[0] in given for _, given in found.values()]
         assert all(gaps) if "span" in name else not any(gaps)
     # Parts of each document: what is given and what is predicted make up its ids.
