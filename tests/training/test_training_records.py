@@ -16,7 +16,7 @@ from calledshot.data import HeldOut, Prepared
 from calledshot.lab.view import open_view
 from calledshot.model import Request, Sampling, generate
 from calledshot.recipe import cost, load_recipe
-from calledshot.rundir import RunDirectory, parse_time
+from calledshot.rundir import RunDirectory, parse_time, read_json
 from calledshot.training import load_model
 
 Train = Callable[..., tuple[RunDirectory, Ended]]
@@ -113,6 +113,14 @@ def test_samples_are_what_the_checkpoint_makes_of_the_prompts_with_the_recipes_s
         )  # fmt: skip
         assert row["text"] == tokenizer.decode(made[0].tokens)
     assert not any("<|" in row["text"] for row in rows)
+
+
+def test_the_environment_written_down_is_the_one_computed_in(train: Train) -> None:
+    run, ended = train("three-threads", "duration.tokens=256", "parallel.threads=3")
+    assert ended.code == 0, ended.said
+    environment = read_json(run.incarnation_path(1) / "environment.json")
+    assert environment["threads"] == 3 and "; 3 threads" in environment["fingerprint"]
+    assert list(run.load("probes")["machines"]) == [f"{environment['fingerprint']} cpu"]
 
 
 def test_summary_and_status_say_how_it_ended(run: RunDirectory) -> None:

@@ -36,11 +36,18 @@ class Machine:
     micro_tokens: int
 
 
+def set_threads(recipe: Recipe) -> int:
+    """Make torch compute with as many threads as the recipe says, or as there are cores. To be called before anything
+    is traced: changing it later crashes dynamo."""
+    threads = recipe.parallel.threads or machine.usable_cores()
+    if not torch.cuda.is_available() and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return threads
+
+
 def choose(recipe: Recipe, run: RunDirectory, device: torch.device) -> Machine:
     """The decisions of an earlier incarnation on this machine, else new ones; what the recipe fixes is never probed."""
-    threads = recipe.parallel.threads or machine.usable_cores()
-    if device.type == "cpu" and torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)  # before anything is traced: changing it later crashes dynamo
+    threads = set_threads(recipe)
     key = f"{machine.fingerprint()} {device.type}"
     known = run.load("probes").get("machines", {}).get(key)
     asked = recipe.parallel

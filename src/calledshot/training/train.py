@@ -18,6 +18,7 @@ from calledshot.rundir import RunDirectory, atomic_write, is_run, resolve_checkp
 from calledshot.training.console import Console
 from calledshot.training.load import run_recipe, sized
 from calledshot.training.optimizer import KNOWN, user_class
+from calledshot.training.probe import set_threads
 from calledshot.training.sinks import Sink
 from calledshot.training.stop import Stop, Stopped
 from calledshot.training.trainer import Trainer
@@ -215,6 +216,7 @@ def _incarnate(
                 "the sources have changed, so fork the run instead (`shot train ... --from`)"
             )
         asked, recipe = recipe, sized(recipe, prepared.tokenizer)
+        set_threads(recipe)  # so that the environment written down is the one computed in
         dashboards = [Sink(kind, recipe, run.name, run.path) for kind in sinks]
         run.begin_incarnation(
             machine.describe() | {"world_size": 1} | commit(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff()
