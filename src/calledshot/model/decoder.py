@@ -200,7 +200,8 @@ class Decoder(nn.Module):
         file).
         """
         sandwich = self.config.norm_placement == "sandwich"
-        branches = self.config.layers * (2 if self.encoder is None else 3)
+        own = self.config.layers * (2 if self.encoder is None else 3)
+        branches = {"blocks": own, "encoder": 2 * self.derived.encoder_layers}
         for name, parameter in self.named_parameters():
             kind = name.rpartition(".")[2]
             if kind == "embedding_VD":
@@ -209,7 +210,8 @@ class Decoder(nn.Module):
             elif kind in ("separate_head_VD", "relative_bias_HR") or (kind in ENDS and not sandwich):
                 parameter.zero_()
             elif kind.endswith(("norm_D", "norm_C")):
-                parameter.fill_(branches**-0.5 if kind.endswith("post_norm_D") else 1.0)
+                post = kind.endswith("post_norm_D")
+                parameter.fill_(branches[name.partition(".")[0]] ** -0.5 if post else 1.0)
             else:
                 parameter.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
         for buffer in self.buffers():
@@ -475,4 +477,4 @@ class Decoder(nn.Module):
 
 
 def _scale(x: Tensor) -> float:
-    return float(x.float().square().mean().sqrt())
+    return float(x.detach().float().square().mean().sqrt())
