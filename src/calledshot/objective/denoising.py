@@ -188,17 +188,17 @@ class Denoising:
         chance = uniform(numbers[firsts])
 
         spanned = self._column("kind", task) == "span"
-        closed = spanned & (ids[firsts + lengths - 1] == self.frame.specials.end)
+        lasts = firsts + lengths - 1
+        closed = spanned & (ids[lasts] == self.frame.specials.end)
         kept = np.ones(len(ids), bool)
-        kept[(firsts + lengths - 1)[closed]] = False
+        kept[lasts[closed]] = False
         ids, numbers = ids[kept], numbers[kept]
         pairs = lengths - 1
         lengths = lengths - closed
         within = ranges(np.zeros_like(lengths), lengths)
         taken = within >= np.repeat(self._choose_splits(task, pairs, closed, counts, chance), lengths)
-        taken[np.repeat(spanned, lengths) & (within > 0)] = self._corrupt(
-            task[spanned], lengths[spanned] - 1, chance[spanned], numbers[np.repeat(spanned, lengths) & (within > 0)]
-        )
+        corrupted = np.repeat(spanned, lengths) & (within > 0)
+        taken[corrupted] = self._corrupt(task[spanned], lengths[spanned] - 1, chance[spanned], numbers[corrupted])
         modes = np.array([self.frame.specials.modes.get(one.mode, -1) for one in self.denoisers], np.int64)[task]
         two_way = self._column("kind", task) != "causal"
         made = examples(ids, lengths, taken, spanned, modes, two_way, self.frame.specials)

@@ -152,7 +152,7 @@ class Denoiser:
     kind: str = "span"
     """`span` (corruption, as in T5), `prefix` or `causal`."""
     weight: float = 1.0
-    """Share of the sequences, relative to the others."""
+    """Share of the pieces of documents, relative to the others."""
     rate: float = 0.15
     """Share of a document's tokens that become targets; for `prefix` their mean share."""
     mean_span: float = 3.0
