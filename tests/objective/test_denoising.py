@@ -26,8 +26,10 @@ FRAMES = {
     "decoder": Frame("decoder", 96, 0, SPECIALS),
     "prefix": Frame("prefix", 96, 0, SPECIALS),
     "encoder-decoder": Frame("encoder-decoder", 64, 80, SPECIALS),
+    "pooled": Frame("encoder-decoder", 64, 80, SPECIALS, pooling=4),
 }
-PAIRS = [(o, t) for o in OBJECTIVES for t in FRAMES if t != "encoder-decoder" or o not in ("causal", "mixture")]
+ONE_STACK = ("decoder", "prefix")
+PAIRS = [(o, t) for o in OBJECTIVES for t in FRAMES if t in ONE_STACK or o not in ("causal", "mixture")]
 
 
 def drawn_rows(denoising, rng, rows=4):
@@ -236,6 +238,16 @@ def test_prefixes_that_share_an_encoder_fit_and_stay_uniform():
         lengths = (batch.encoded.documents == piece).sum(axis=1)
         # 100 in each eighth, standard deviation 9.4.
         assert all(abs(count - 100) < 48 for count in np.histogram(lengths, 8, (0.5, 511.5))[0])
+
+
+def test_where_an_encoder_pools_documents_begin_at_multiples():
+    denoising = Denoising(UL2, FRAMES["pooled"])
+    pieces, tasks = drawn_rows(denoising, np.random.default_rng(0), rows=8)
+    batch = denoising.batch(pieces, tasks, range(len(pieces)), [7] * len(pieces))
+    documents = batch.encoded.documents
+    begins = (documents >= 0) & (batch.encoded.positions == 0)
+    assert begins.sum() > len(documents)
+    assert (np.nonzero(begins)[1] % 4 == 0).all()
 
 
 def test_all_depends_on_the_key_of_its_row_alone():

@@ -13,7 +13,7 @@ def frame_of(recipe: Recipe, tokenizer: Tokenizer) -> Frame:
     model = shape(recipe.model)
     modes = {mode: tokenizer.special[f"<|{mode}|>"] for mode in MODES}
     specials = Specials(tokenizer.begin, tokenizer.end, tokenizer.pad, tuple(tokenizer.sentinels), modes)
-    return Frame(model.topology, model.context, model.encoder_context, specials)
+    return Frame(model.topology, model.context, model.encoder_context, specials, model.encoder_pooling)
 
 
 def denoising_of(recipe: Recipe, tokenizer: Tokenizer) -> Denoising:

@@ -108,7 +108,7 @@ class Denoising:
     @property
     def key(self) -> str:
         """A hash of all that decides how long pieces are and which denoiser each is for."""
-        frame = [self.frame.context, self.frame.encoder_context, len(self.frame.specials.sentinels)]
+        frame = [self.frame.context, self.frame.encoder_context, len(self.frame.specials.sentinels), self.frame.pooling]
         parts = [[one.kind, one.weight, one.rate, one.mean_span, one.roll, bool(one.mode)] for one in self.denoisers]
         return hashlib.sha256(json.dumps([frame, parts, self.cuts.tolist()]).encode()).hexdigest()
 
@@ -230,7 +230,7 @@ class Denoising:
             row = slice(stop, stop + count)
             stop += count
             # The sum of the prefixes beyond their shortest may be from `least` to `most`.
-            most = self.frame.encoder_context - int(inputs[row].sum())
+            most = self.frame.encoder_context - int(inputs[row].sum()) - count * self.frame.aside
             least = int(targets[row].sum()) - self.frame.context
             spare = np.where(self._column("kind", tasks[row]) == "prefix", high[row] - low[row], 0).tolist()
             left = sum(spare)

@@ -58,6 +58,13 @@ class Frame:
     encoder_context: int
     """Positions of the encoder, S; 0 where there is none."""
     specials: Specials
+    pooling: int = 1
+    """Inputs begin at multiples of this, so that an encoder which pools never mixes two documents."""
+
+    @property
+    def aside(self) -> int:
+        """Positions of the encoder that an example may leave empty before the next."""
+        return self.pooling - 1
 
     @property
     def positions(self) -> int:
@@ -78,7 +85,7 @@ class Frame:
         if not self.encoder_context:
             return inputs + targets - 1
         most = self.capacity
-        return np.maximum(-(-inputs * most // self.encoder_context), -(-targets * most // self.context))
+        return np.maximum(-(-(inputs + self.aside) * most // self.encoder_context), -(-targets * most // self.context))
 
     def filled(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """int64: positions that such examples take."""
@@ -88,7 +95,7 @@ class Frame:
         """bool: whether an example has a row that holds it."""
         if not self.encoder_context:
             return inputs + targets - 1 <= self.context
-        return (inputs <= self.encoder_context) & (targets <= self.context)
+        return (inputs + self.aside <= self.encoder_context) & (targets <= self.context)
 
 
 def lay_out(examples: Examples, counts: Sequence[int], sources: Sequence[int], frame: Frame) -> Batch:
@@ -103,7 +110,7 @@ def lay_out(examples: Examples, counts: Sequence[int], sources: Sequence[int], f
         shifted[np.cumsum(predicted) - predicted] = frame.specials.begin
         inputs, targets, weights = shifted, examples.targets, examples.weights
         regions = np.zeros(len(targets), np.int8)
-        read = _Places(rows, index, given, len(counts), frame.encoder_context)
+        read = _Places(rows, index, given, len(counts), frame.encoder_context, frame.pooling)
         encoded = Encoded(read.fill(examples.inputs, frame.specials.pad), read.documents, read.positions)
     else:
         lengths = given + predicted
@@ -136,8 +143,12 @@ def lay_out(examples: Examples, counts: Sequence[int], sources: Sequence[int], f
 class _Places:
     """Where the tokens of examples go in an array of rows by width."""
 
-    def __init__(self, rows: np.ndarray, index: np.ndarray, lengths: np.ndarray, height: int, width: int) -> None:
-        before = np.cumsum(lengths) - lengths
+    def __init__(
+        self, rows: np.ndarray, index: np.ndarray, lengths: np.ndarray, height: int, width: int, multiple: int = 1
+    ) -> None:
+        """Examples begin at multiples of `multiple`."""
+        room = -(-lengths // multiple) * multiple
+        before = np.cumsum(room) - room
         begins = np.flatnonzero(index == 0)
         at = before - np.repeat(before[begins], np.diff(begins, append=len(rows)))
         if np.any(at + lengths > width):
