@@ -15,6 +15,9 @@ HEAVY = {"torch", "transformers", "numpy", "scipy", "tokenizers", "starlette", "
 COMMANDS = """
 ablate
 chat
+convert extend
+convert kv-heads
+convert upcycle
 data build
 data inspect
 data show
@@ -24,6 +27,7 @@ doctor
 eval
 export
 generate
+import
 note
 recipe check
 recipe diff

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_models import VOCABULARY, loaded, random_decoder, randomize, sized
 
-from calledshot.data import Tokenizer
 from calledshot.model import Decoder
-from calledshot.model.huggingface import export_huggingface, load_huggingface
+from calledshot.model.huggingface import architecture, export_huggingface, load_huggingface
 from calledshot.recipe import RunError, UsageError, schema
 
-VOCABULARY = 640
+SMALL = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2}
 SHAPES = {
     "gqa": schema.Model(layers=3, width=96, heads=6, kv_heads=2, qk_norm=True),
     "mha": schema.Model(layers=2, width=64, heads=4, kv_heads=4, qk_norm=True, rope_base=500_000.0),
@@ -25,37 +25,24 @@ SHAPES = {
     "llama-gqa": schema.Model(layers=3, width=96, heads=6, kv_heads=2, qk_norm=False),
     "llama-mha-tied": schema.Model(layers=2, width=64, heads=2, kv_heads=2, qk_norm=False, tied_embeddings=True),
     "llama-mqa-wide": schema.Model(layers=2, width=64, heads=4, kv_heads=1, head_width=24, qk_norm=False),
+    "yarn": schema.Model(**SMALL, rope_scaling="yarn", rope_factor=4.0, rope_original_context=16),
+    "llama-yarn": schema.Model(
+        **SMALL, qk_norm=False, rope_base=100.0, rope_scaling="yarn", rope_factor=2.0, rope_original_context=32
+    ),
+    "ntk": schema.Model(**SMALL, rope_scaling="ntk", rope_factor=4.0, rope_original_context=16),
+    "dynamic": schema.Model(**SMALL, rope_scaling="dynamic", rope_factor=2.0, rope_original_context=16),
+    "moe": schema.Model(**SMALL, hidden=96, experts=8, top_k=2),
+    "moe-unnormalized": schema.Model(
+        **{**SMALL, "layers": 3}, hidden=96, experts=5, top_k=3, expert_hidden=40, renormalize=False, dense_layers=1
+    ),
+    "moe-one": schema.Model(**SMALL, experts=4, top_k=1, renormalize=False, balance="none"),
+    "mixtral": schema.Model(**SMALL, hidden=96, experts=4, top_k=2, qk_norm=False),
+    "mixtral-mqa-tied": schema.Model(
+        layers=2, width=64, heads=4, kv_heads=1, head_width=24, experts=3, top_k=3, qk_norm=False, tied_embeddings=True
+    ),
 }
-
-
-def sized(model: schema.Model, context: int = 64) -> schema.Model:
-    return schema.Model(**{**vars(model), "vocabulary": VOCABULARY, "context": context})
-
-
-def random_decoder(config: schema.Model) -> Decoder:
-    """Every parameter random and away from zero, gains and head too, at scales that keep the logits near one."""
-    generator = torch.Generator().manual_seed(0)
-    decoder = Decoder(config)
-    for parameter in decoder.parameters():
-        if parameter.dim() == 1:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-        else:
-            parameter.data.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
-    return decoder.requires_grad_(False).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["def read(path: str) -> bytes:\n    return open(path).read()\n"] * 20, 600)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    transformers = pytest.importorskip("transformers")
-    # In transformers 5 missing and unexpected keys are a report in the log, which must stay empty.
-    transformers.utils.logging.enable_propagation()
-    transformers.utils.logging.disable_default_handler()
-    return transformers
+CLASSES = {"llama": "Llama", "mixtral": "Mixtral", "moe": "Qwen3Moe"}
+"""By what a shape's name begins with; the others are Qwen3."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -66,7 +53,7 @@ def test_logits_and_generation_equal_transformers(name, tmp_path, tokenizer, tra
     with caplog.at_level(logging.INFO):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
+    assert type(theirs).__name__ == f"{CLASSES.get(name.split('-')[0], 'Qwen3')}ForCausalLM" == architecture(config)
     assert theirs.dtype == torch.float32
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in decoder.parameters())
     generator = torch.Generator().manual_seed(1)
@@ -116,21 +103,68 @@ def test_shards_load_as_one(tmp_path, tokenizer, transformers):
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), decoder.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
-def test_models_saved_by_transformers_are_read(kind, tmp_path, transformers):
+@pytest.mark.parametrize("name", ["moe", "mixtral"])
+def test_experts_in_shards(name, tmp_path, tokenizer):
+    config = sized(SHAPES[name])
+    decoder = random_decoder(config)
+    export_huggingface(tmp_path / "m", config, decoder.state_dict(), tokenizer, shard_bytes=200_000)
+    assert len(list((tmp_path / "m").glob("model-*"))) > 2
+    back = loaded(*load_huggingface(tmp_path / "m"))
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), decoder.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("Qwen3", {}),
+        ("Llama", {}),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}}),
+        (
+            "Qwen3",
+            {"rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 8
+            }},
+        ),
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+        (
+            "Qwen3Moe",
+            {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
+             "mlp_only_layers": [0]},
+        ),
+        ("Mixtral", {"num_local_experts": 4}),
+    ],
+)  # fmt: skip
+def test_models_saved_by_transformers_are_read(kind, more, tmp_path, transformers):
     """Their own config.json, which leaves out what is at its default."""
-    torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, bos_token_id=None, eos_token_id=None, **more,
     )  # fmt: skip
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs = randomize(getattr(transformers, f"{kind}ForCausalLM")(config))
     theirs.save_pretrained(tmp_path)
-    read, state = load_huggingface(tmp_path)
-    ours = Decoder(read)
-    ours.load_state_dict(state)
+    ours = loaded(*load_huggingface(tmp_path))
     tokens = torch.arange(30)[None]
-    torch.testing.assert_close(ours.logits(ours.hidden_states(tokens)), theirs(tokens).logits, rtol=0, atol=1e-5)
+    logits = ours.logits(ours.hidden_states(tokens))
+    torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5)
+    assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gqa", "moe"])
+def test_prefixes_are_a_four_dimensional_mask_there(name, tmp_path, tokenizer, transformers):
+    """Prefixes of other lengths in each row, seen both ways; the mask is added, since "eager" misreads booleans."""
+    config = schema.Model(**{**vars(sized(SHAPES[name])), "topology": "prefix"})
+    decoder = random_decoder(config)
+    export_huggingface(tmp_path / "m", config, decoder.state_dict(), tokenizer)
+    tokens = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
+    place = torch.arange(24)
+    regions = (place < torch.tensor([[5], [24], [1]])).to(torch.int8)
+    seen = (place[:, None] >= place) | (regions[:, :, None] * regions[:, None] > 0)
+    mask = torch.zeros(3, 1, 24, 24).masked_fill_(~seen[:, None], torch.finfo(torch.float32).min)
+    ours = decoder.logits(decoder.hidden_states(tokens, regions_BT=regions))
+    for attention in ("eager", "sdpa"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=attention)
+        torch.testing.assert_close(theirs(tokens, attention_mask=mask).logits, ours, rtol=0, atol=1e-5)
+    assert (ours - theirs(tokens).logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["gqa", "llama-gqa"])
@@ -160,6 +194,13 @@ def test_the_tokenizer_gives_identical_ids(name, tmp_path, tokenizer, transforme
     [
         ({"softcap": 30.0}, "model.softcap"),
         ({"qk_norm": False, "heads": 6, "kv_heads": 6, "head_width": 16}, "model.heads"),
+        ({"norm": "layernorm"}, "model.norm"),
+        ({"norm_placement": "sandwich"}, "model.norm_placement"),
+        ({"feed_forward": "relu2"}, "model.feed_forward"),
+        ({"positions": "none"}, "model.positions"),
+        ({"experts": 4, "router": "sigmoid"}, "model.router"),
+        ({"experts": 4, "balance": "bias"}, "model.balance"),
+        ({"experts": 4, "shared_expert_hidden": 32}, "model.shared_expert_hidden"),
     ],
 )
 def test_what_no_class_expresses_is_refused(change, key, tmp_path, tokenizer):
@@ -178,6 +219,9 @@ def test_what_no_class_expresses_is_refused(change, key, tmp_path, tokenizer):
         ({"num_hidden_layers": 4}, "model.layers.3"),
         ({"num_hidden_layers": 2}, "model.layers.2"),
         ({"intermediate_size": 64}, "mlp.gate_proj"),
+        ({"hidden_size": "wide"}, "wide"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "beta_fast = 16"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.0}}, "attention_factor"),
     ],
 )
 def test_folders_of_other_models_are_refused(change, word, tmp_path, tokenizer):
@@ -186,6 +230,18 @@ def test_folders_of_other_models_are_refused(change, word, tmp_path, tokenizer):
     file = tmp_path / "m" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UsageError, match=word):
+        load_huggingface(tmp_path / "m")
+
+
+def test_an_index_that_points_elsewhere_is_refused(tmp_path, tokenizer):
+    config = sized(SHAPES["gqa"])
+    export_huggingface(tmp_path / "m", config, random_decoder(config).state_dict(), tokenizer, shard_bytes=300_000)
+    file = tmp_path / "m" / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace("model-00001-of", "../model-00001-of"))
+    with pytest.raises(UsageError, match="not a file of its folder"):
+        load_huggingface(tmp_path / "m")
+    file.write_text("{}")
+    with pytest.raises(RunError, match="is damaged"):
         load_huggingface(tmp_path / "m")
 
 

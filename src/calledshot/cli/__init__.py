@@ -26,6 +26,8 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("generate", "calledshot.cli.use:generate", "Complete a text."),
     ("chat", "calledshot.cli.use:chat", "Talk to a model."),
     ("serve", "calledshot.cli.use:serve", "Serve a model over HTTP, as OpenAI's API has it."),
+    ("convert", "calledshot.cli.convert:app", "Make a run with experts, fewer key heads or more context of another."),
+    ("import", "calledshot.cli.convert:import_", "Make a run of a Llama, Qwen3, Qwen3-MoE, Mixtral or T5 folder."),
     ("export", "calledshot.cli.convert:export", "Write a run's model as a Hugging Face folder."),
     ("ablate", "calledshot.cli.ablate:ablate", "Train the arms of a suite, matched, and compare them."),
     ("runs", "calledshot.cli.lab:runs", "The runs of this lab: state, progress, losses, speed."),

@@ -1,11 +1,132 @@
-"""`shot export`: a run's model for other programs."""
+"""`shot convert`, `shot import` and `shot export`: models changed in shape, brought in, and handed on."""
 
+from __future__ import annotations
+
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from calledshot.recipe import UsageError
+
+if TYPE_CHECKING:
+    from calledshot.rundir import RunDirectory
+
+app = App(name="convert", help="Make a run whose model is another run's with experts, fewer key heads or more context.")
+
+Origin = Annotated[str, Parameter(help="Name or folder of the run, or RUN@STEP.")]
+Name = Annotated[str, Parameter(help="What the new run is to be called.")]
+
+
+@app.command
+def upcycle(
+    run: Origin,
+    /,
+    *,
+    experts: Annotated[int, Parameter(help="Copies of each feed-forward.")],
+    top_k: Annotated[int, Parameter(help="Experts that a token goes to.")] = 2,
+    name: Name,
+    dense_layers: Annotated[int, Parameter(help="First blocks whose feed-forward stays as it is.")] = 0,
+    noise: Annotated[
+        float, Parameter(help="Normal noise on each copy, in root mean squares of its matrix; 0 keeps the logits.")
+    ] = 0.0,
+    renormalize: Annotated[
+        bool, Parameter(help="Let a token's weights sum to 1; without it the logits are other ones.")
+    ] = True,
+    keep_optimizer: Annotated[
+        bool, Parameter(help="Repeat the optimizer's state too, instead of beginning anew.", negative=())
+    ] = False,
+) -> None:
+    """Make a dense model sparse: every expert begins as a copy of the feed-forward, routers at random.
+
+    The logits are the dense model's at first.
+    """
+    from calledshot.rundir import find_lab, resolve_checkpoint
+
+    lab = find_lab()
+    parent, step = resolve_checkpoint(run, lab)
+    from calledshot.training import convert
+
+    made = convert.upcycle(
+        parent, step, lab, name, experts=experts, top_k=top_k, dense_layers=dense_layers,
+        renormalize=renormalize, noise=noise, keep_optimizer=keep_optimizer,
+    )  # fmt: skip
+    tell(made)
+
+
+@app.command(name="kv-heads")
+def kv_heads(run: Origin, heads: Annotated[int, Parameter(help="Key heads that are left.")], /, *, name: Name) -> None:
+    """Average neighbouring key and value heads: a smaller cache, after some more training (some 5 % of what it had)."""
+    from calledshot.rundir import find_lab, resolve_checkpoint
+
+    lab = find_lab()
+    parent, step = resolve_checkpoint(run, lab)
+    from calledshot.training import convert
+
+    tell(convert.pool_kv_heads(parent, step, lab, name, heads))
+
+
+@app.command
+def extend(
+    run: Origin,
+    /,
+    *,
+    context: Annotated[int, Parameter(help="Tokens that the new run reads.")],
+    method: Annotated[
+        Literal["yarn", "ntk", "dynamic", "base"] | None,
+        Parameter(help="What is done to RoPE: yarn unless said; base multiplies its base, to be trained on."),
+    ] = None,
+    factor: Annotated[
+        float | None, Parameter(help="How far it is stretched; without it, as often as the context is longer.")
+    ] = None,
+    name: Name,
+) -> None:
+    """Let a model read longer texts than it was trained on. Its weights stay as they are."""
+    from calledshot.rundir import find_lab, resolve_checkpoint
+
+    lab = find_lab()
+    parent, step = resolve_checkpoint(run, lab)
+    from calledshot.training import convert
+
+    tell(convert.extend(parent, step, lab, name, context, method, factor))
+
+
+def import_(
+    source: Annotated[
+        str, Parameter(help="A folder with config.json, safetensors and tokenizer.json, or hf:OWNER/NAME.")
+    ],
+    /,
+    *,
+    name: Name,
+) -> None:
+    """Make a run of a Llama, Qwen3, Qwen3-MoE, Mixtral or T5 model, to train on, evaluate or convert.
+
+    Its own begin, end and padding tokens keep their rows; those that the lab needs besides get new ones.
+    """
+    from calledshot.rundir import find_lab
+
+    lab = find_lab()
+    from calledshot.training import convert
+
+    made = convert.import_model(source, lab, name)
+    lineage = made.load("lineage")
+    for theirs, ours in lineage["renamed_tokens"].items():
+        if "sentinel" not in ours:
+            print(f"{theirs} is {ours}")
+    print(f"{lineage['new_rows']} new rows in the embedding")
+    tell(made)
+
+
+def tell(run: RunDirectory) -> None:
+    """What was made, and how to train on from it."""
+    parameters = run.load("summary")["parameters"]
+    total, active = parameters["total"], parameters["active"]
+    sparse = f" ({active:,} active)" if active != total else ""
+    print(f"{run.path}: {total:,} parameters{sparse}. Next:")
+    print(
+        f"  shot train {run.path / 'recipe.toml'} --from {run.name}@0 --name NEW duration.tokens=... data.sources=..."
+    )
 
 
 def export(
@@ -20,7 +141,7 @@ def export(
     step: Annotated[int | None, Parameter(help="Checkpoint; without it the newest.")] = None,
     force: Annotated[bool, Parameter(help="Replace the model in a folder that is not empty.", negative=())] = False,
 ) -> None:
-    """Write the model as a Hugging Face folder: Qwen3 with QK-norm, Llama without.
+    """Write the model as a Hugging Face folder: Qwen3 or Qwen3-MoE with QK-norm, Llama or Mixtral without, or T5.
 
     `transformers`, vLLM, llama.cpp's converter and whatever else reads such folders can use it.
     """
@@ -34,7 +155,7 @@ def export(
     directory, named = resolve_checkpoint(run, find_lab())
     if None not in (named, step) and named != step:
         raise UsageError(f"--step {step}: {run} names another step already; write one of the two")
-    architecture(run_recipe(directory).model)
+    name = architecture(run_recipe(directory).model)
     loaded = load_model(directory, named if step is None else step)
     tokens = read_counters(directory.checkpoint_path(loaded.step)).tokens
     files = export_huggingface(
@@ -48,6 +169,23 @@ def export(
     )
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
-    call = f"pipeline('text-generation', {str(folder)!r})('Once', max_new_tokens=50)"
-    code = f"from transformers import pipeline; print({call})"
-    print(f'\n{architecture(loaded.recipe.model)}, step {loaded.step:,}, {dtype}. Next:\n  python -c "{code}"')
+    topology = loaded.recipe.model.topology
+    if topology == "prefix":
+        print(
+            f"A prefix that was seen both ways in training is not in {name}, unless a 4-D additive mask says so: "
+            "others serve it causally.",
+            file=sys.stderr,
+        )
+    print(f'\n{name}, step {loaded.step:,}, {dtype}. Next:\n  python -c "{example(name, str(folder))}"')
+
+
+def example(name: str, folder: str) -> str:
+    """A line of Python that loads a folder and generates."""
+    if name == "T5ForConditionalGeneration":  # transformers 5 has no pipeline for it
+        return (
+            f"from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; f = {folder!r}; "
+            "t, m = T.from_pretrained(f), M.from_pretrained(f); "
+            "print(t.decode(m.generate(**t('Once', return_tensors='pt'), max_new_tokens=50)[0]))"
+        )
+    call = f"pipeline('text-generation', {folder!r})('Once', max_new_tokens=50)"
+    return f"from transformers import pipeline; print({call})"

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from calledshot.recipe import RunError, UsageError
 
+MODEL_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+)
+"""What a model is read from; repositories hold it in other formats too."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -58,6 +64,23 @@ def download_tokenizer(reference: str) -> Path:
     """The `tokenizer.json` of `hf:OWNER/NAME[@REVISION]`."""
     wanted = parse(reference)
     return _download(wanted.repository, wanted.pattern or "tokenizer.json", wanted.revision, "model")
+
+
+def download_model(reference: str) -> tuple[Path, str]:
+    """The folder of `hf:OWNER/NAME[@REVISION]` with its configuration, tokenizer and safetensors, and its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    wanted = parse(reference)
+    if wanted.pattern:
+        raise UsageError(f"{reference}: a model is a whole repository; leave out /{wanted.pattern}")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder = snapshot_download(wanted.repository, revision=wanted.revision, allow_patterns=MODEL_FILES)
+    except Exception as error:
+        raise _failure(f"hf:{wanted.repository}", error) from None
+    return Path(folder), Path(folder).name
 
 
 def _download(repository: str, name: str, revision: str | None, kind: str) -> Path:

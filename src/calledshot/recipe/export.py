@@ -109,11 +109,12 @@ def _demands(model: Model, kind: str) -> Iterator[tuple[str, tuple[Any, ...], st
         yield "renormalize", (True,), "the weights of a token's experts sum to 1"
         yield "dense_layers", (0,), "all its layers have experts"
     if kind == "t5":
-        two = model.topology == "encoder-decoder"
+        found = shape(model)
+        inside = (found.hidden, *(() if model.encoder_hidden else (found.encoder_hidden,)))  # which follows the width
         yield "kv_heads", (model.heads,), "each query head has a key head of its own"
         yield "encoder_pooling", (1,), "its encoder keeps every token"
-        yield "encoder_width", (model.width if two else 0,), "its stacks are of one width"
-        yield "encoder_hidden", (shape(model).hidden if two else 0,), "its stacks are of one width inside"
+        yield "encoder_width", (model.width, 0), "its stacks are of one width"
+        yield "encoder_hidden", inside, "its stacks are of one width inside"
 
 
 def _heads(model: Model) -> list[Obstacle]:

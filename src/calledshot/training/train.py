@@ -49,11 +49,7 @@ def train(
     name = name or recipe.name
     if not name:
         raise UsageError("the recipe has no name: say what the run is to be called with --name NAME")
-    if name.startswith(".") or set("/@") & set(name) or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
-        raise UsageError(
-            f"name = {name[:80]!r}: a run is a folder, and RUN@STEP its checkpoint: choose a --name without / and @, "
-            f"with no . in front, of at most {LONGEST_NAME} bytes"
-        )
+    check_name(name)
     path = lab / "runs" / name
     if is_run(path):
         existing = RunDirectory.open(path)
@@ -77,7 +73,7 @@ def train(
             path,
             recipe_toml=to_toml(recipe),
             identity=identity(recipe),
-            lineage={"parent": _reference(parent[0], lab), "step": parent[1], "fresh_optimizer": fresh_optimizer}
+            lineage={"parent": reference(parent[0], lab), "step": parent[1], "fresh_optimizer": fresh_optimizer}
             if parent
             else None,
             files=[Path(recipe.optimizer.name.partition(":")[0])] if own else [],
@@ -88,6 +84,15 @@ def train(
             if not run.tail("metrics"):  # nothing was trained: another attempt may have the name
                 shutil.rmtree(path)
             raise
+
+
+def check_name(name: str) -> None:
+    """UsageError for what a run cannot be called."""
+    if name.startswith(".") or set("/@") & set(name) or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        raise UsageError(
+            f"name = {name[:80]!r}: a run is a folder, and RUN@STEP its checkpoint: choose a --name without / and @, "
+            f"with no . in front, of at most {LONGEST_NAME} bytes"
+        )
 
 
 def go_on(
@@ -154,7 +159,7 @@ def _parent(origin: str, lab: Path) -> tuple[RunDirectory, int]:
     return directory, found
 
 
-def _reference(run: RunDirectory, lab: Path) -> str:
+def reference(run: RunDirectory, lab: Path) -> str:
     """How a run is called from within the lab, so that the lab can be moved."""
     path = run.path.resolve()
     return path.name if path.parent == (lab / "runs").resolve() else str(path)
@@ -164,7 +169,7 @@ def _with_tokenizer_of(parent: RunDirectory, recipe: Recipe, lab: Path) -> Recip
     """A fork trains no tokenizer: another one would give every row of the embedding another meaning."""
     if recipe.data.tokenizer != "bpe":
         return recipe
-    folder = Path("runs", _reference(parent, lab))  # a path that is absolute stays so
+    folder = Path("runs", reference(parent, lab))  # a path that is absolute stays so
     return replace(recipe, data=replace(recipe.data, tokenizer=str(folder / "tokenizer.json")))
 
 

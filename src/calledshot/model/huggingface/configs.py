@@ -84,6 +84,8 @@ def written_config(
             # With true, transformers would divide the logits by the root of the width.
             "tie_word_embeddings": False,
             "decoder_start_token_id": begin,
+            # Its cache has as many layers as the encoder (transformers 5.23): a deeper decoder would crash with it.
+            "use_cache": config.layers <= derived.encoder_layers,
             **closing,
         }
     rotary = _rotary(config, derived.head_width)
@@ -194,6 +196,9 @@ def _decoder(file: Path, found: Mapping[str, Any], kind: str) -> schema.Model:
             "top_k": int(found["num_experts_per_tok"]),
             "expert_hidden": int(found["intermediate_size"]),
         }
+    if sparse:
+        weight = float(found.get("router_aux_loss_coef", 1e-3))
+        sparse |= {"balance_weight": weight} if weight else {"balance": "none"}
     return schema.Model(
         layers=int(found["num_hidden_layers"]),
         width=width,

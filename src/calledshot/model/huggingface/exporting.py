@@ -81,7 +81,7 @@ def _documents(
     }
     ids = {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
     written = written_config(config, state["embedding_VD"].size(0), ids, tokenizer.begin, dtype)
-    starts = {key: written[key] for key in (*ids, "decoder_start_token_id") if key in written}
+    starts = {key: written[key] for key in (*ids, "decoder_start_token_id", "use_cache") if key in written}
     return {
         "config.json": to_json(written),
         "generation_config.json": to_json(starts),
@@ -118,35 +118,18 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
     return to_json(description)
 
 
-def _card(config: schema.Model, state: Mapping[str, Tensor], specials: Mapping[str, str], provenance: str) -> str:
-    """A model card that says what is known, and no more."""
-    count, name = sum(tensor.numel() for tensor in state.values()), architecture(config)
-    two = config.topology == "encoder-decoder"
-    loader = "AutoModelForSeq2SeqLM" if two else "AutoModelForCausalLM"
-    what = "the encoder reads a text, the decoder writes what it lacks" if two else "it continues text"
-    depth = f"{shape(config).encoder_layers} + {config.layers}" if two else f"{config.layers}"
-    text = '"Once upon a <|sentinel_0|>.", split_special_tokens=False' if two else '"Once upon a time"'
-    begins = "What the decoder writes begins" if two else "Every document in training began"
-    adds = "and the tokenizer adds it to what the encoder reads" if two else "The tokenizer\nadds the first of the two"
-    prefix = """
+DECODER = """A base model: it continues text. Every document in training began with `{begin}` and ended with `{end}`.
+The tokenizer adds the first of the two; text that spells a special token is read as text.
+"""
+PREFIX = """
 In training a prefix was seen both ways. Without a 4-D additive attention mask that says so, this class reads it as it
 reads everything, from the left alone.
 """
-    return f"""---
-library_name: transformers
-pipeline_tag: {"text2text-generation" if two else "text-generation"}
----
-
-# {count / 1e6:,.1f}M-parameter language model
-
-{provenance or "Trained with calledshot."}
-
-A base model: {what}. `{name}`, {count:,} parameters, {depth} layers, width {config.width},
-context {config.context} tokens.
-{prefix if config.topology == "prefix" else ""}
-{begins} with `{specials["bos_token"]}` and ended with `{specials["eos_token"]}`. {adds}; text that spells a special
-token is read as text.
-
+ENCODER_DECODER = """A base model: the encoder reads a text that begins with `{begin}`, and the decoder writes what the
+text lacks, from `{begin}` to `{end}`. The tokenizer begins texts so. Text that spells a special token is read as text,
+unless `split_special_tokens` is false.
+"""
+EXAMPLE = """
 ```python
 from transformers import {loader}, AutoTokenizer
 
@@ -156,3 +139,28 @@ prompt = tokenizer({text}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 """
+
+
+def _card(config: schema.Model, state: Mapping[str, Tensor], specials: Mapping[str, str], provenance: str) -> str:
+    """A model card that says what is known, and no more."""
+    count = sum(tensor.numel() for tensor in state.values())
+    loader, text, task = "AutoModelForCausalLM", '"Once upon a time"', "text-generation"
+    depth, about = f"{config.layers} layers", DECODER
+    if config.topology == "prefix":
+        about += PREFIX
+    elif config.topology == "encoder-decoder":
+        loader, task = "AutoModelForSeq2SeqLM", "text2text-generation"
+        text = '"Once upon a <|sentinel_0|>.", split_special_tokens=False'
+        depth, about = f"{shape(config).encoder_layers} + {config.layers} layers", ENCODER_DECODER
+    return f"""---
+library_name: transformers
+pipeline_tag: {task}
+---
+
+# {count / 1e6:,.1f}M-parameter language model
+
+{provenance or "Trained with calledshot."}
+
+`{architecture(config)}`, {count:,} parameters, {depth}, width {config.width}, context {config.context} tokens.
+
+{about.format(begin=specials["bos_token"], end=specials["eos_token"])}{EXAMPLE.format(loader=loader, text=text)}"""

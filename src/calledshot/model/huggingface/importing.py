@@ -45,7 +45,10 @@ def import_huggingface(folder: Path) -> Imported:
     The model's own begin, end and padding tokens and T5's sentinels get the lab's names and keep their ids and rows
     (`adopt`). Every other new row is the mean of the old ones plus normal noise of a tenth of their standard deviation,
     by column: next to nothing is taken from the tokens that the model knows (Hewitt 2021, "Initializing new word
-    embeddings for pretrained language models"), and no two rows are alike. Rows are rounded up to a multiple of 64.
+    embeddings for pretrained language models"), and no two rows are alike. Rows are rounded up to a multiple of 64. A
+    begin that shares the id of the end gets a row of its own, which is read as that one is; where head and embedding
+    are one matrix it takes half of the end's probability with it, until it is trained.
+
     UsageError where the folder holds another kind of model, RunError where its files are damaged.
     """
     adopted = adopt(folder, read_config(folder))
@@ -60,10 +63,8 @@ def import_huggingface(folder: Path) -> Imported:
     for name in ("embedding_VD", "separate_head_VD"):
         if name in state:
             state[name] = _grown(state[name], vocabulary, adopted, generator)
-    if "embedding_VD" in state and not model.tied_embeddings:
-        # A second name of a token is read as the first is. As a target it would share the first one's probability.
-        for new, old in adopted.twins.items():
-            state["embedding_VD"][new] = state["embedding_VD"][old]
+    if adopted.twin is not None:
+        state["embedding_VD"][adopted.tokenizer.begin] = state["embedding_VD"][adopted.twin]
     return Imported(replace(model, vocabulary=vocabulary), state, adopted.tokenizer, adopted.renamed, len(adopted.new))
 
 

@@ -26,8 +26,8 @@ class Adopted:
     """Ids that the folder's own tokenizer has: the highest plus one."""
     new: tuple[int, ...]
     """Ids that mean something now and did not before."""
-    twins: dict[int, int]
-    """New ids whose token another id stands for already, and that id."""
+    twin: int | None
+    """The id that begins texts in the model, where another part keeps it; None where begin has it."""
     renamed: dict[str, str]
     """The lab's name by the token's own."""
 
@@ -43,8 +43,8 @@ def adopt(folder: Path, config: Mapping[str, Any]) -> Adopted:
     | sentinel k | `<extra_id_k>`, T5's k-th |
 
     An id has one name. One that has two parts to play (T5 begins with its padding, Qwen with its end) is called after
-    the first in this table; the other gets an id of its own, a twin of it. What config.json does not say is looked up
-    in tokenizer_config.json. UsageError where there is no tokenizer.json.
+    the first in this table, and the other gets an id of its own. What config.json does not say is looked up in
+    tokenizer_config.json. UsageError where there is no tokenizer.json.
     """
     file = folder / "tokenizer.json"
     description = read_json(file)
@@ -54,7 +54,7 @@ def adopt(folder: Path, config: Mapping[str, Any]) -> Adopted:
     try:
         names = _names(description)
         wanted = _wanted(config, read_json(folder / "tokenizer_config.json", {}), names)
-        renames, twins = _renames(wanted, names)
+        renames, twin = _renames(wanted, names)
         known = max(names) + 1
         renamed = Tokenizer.from_json(json.dumps(_renamed(description, renames)), str(file))
         if set(renamed.encode("".join(SPECIALS))) & set(renamed.special.values()):
@@ -67,7 +67,7 @@ def adopt(folder: Path, config: Mapping[str, Any]) -> Adopted:
         renamed,
         known,
         new,
-        {renamed.special[name]: id_ for name, id_ in twins.items()},
+        twin,
         {names[id_]: name for id_, name in renames.items()},
     )
 
@@ -103,16 +103,14 @@ def _wanted(config: Mapping[str, Any], settings: Mapping[str, Any], names: Mappi
     return {name: id_ for name, id_ in parts.items() if id_ is not None and name not in ids}
 
 
-def _renames(wanted: Mapping[str, int], names: Mapping[int, str]) -> tuple[dict[int, str], dict[str, int]]:
-    """New names by id, and the ids that tokens which got none would have had. The lab's own names stay."""
+def _renames(wanted: Mapping[str, int], names: Mapping[int, str]) -> tuple[dict[int, str], int | None]:
+    """New names by id, and the id that begin would have had if it could. The lab's own names stay."""
     renames: dict[int, str] = {}
-    twins: dict[str, int] = {}
     for name, id_ in wanted.items():
-        if id_ in renames or names[id_] in SPECIALS:
-            twins[name] = id_
-        else:
-            renames[id_] = name
-    return renames, twins
+        if names[id_] not in SPECIALS:
+            renames.setdefault(id_, name)
+    begin = wanted.get(BEGIN)
+    return renames, begin if begin is not None and renames.get(begin) != BEGIN else None
 
 
 def _renamed(description: dict[str, Any], renames: Mapping[int, str]) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""Runs made from other runs' models, or from other people's, instead of by training."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calledshot.data import Tokenizer
+from calledshot.data.hub import download_model
+from calledshot.model import surgery
+from calledshot.model.huggingface import architecture, import_huggingface
+from calledshot.recipe import Recipe, UsageError, check, cost, identity, schema, shape, to_toml
+from calledshot.rundir import RunDirectory, atomic_write, is_run
+from calledshot.rundir.files import write_failure
+from calledshot.training import state
+from calledshot.training.load import run_recipe, sized
+from calledshot.training.optimizer import KNOWN
+from calledshot.training.train import check_name, reference
+
+IMPORTED_OPTIMIZER = schema.Optimizer(name="adamw", learning_rate=1e-4, transfer="none")
+"""For a model whose own rates nobody knows: what is usual for going on with one."""
+
+
+def upcycle(
+    parent: RunDirectory,
+    step: int | None,
+    lab: Path,
+    name: str,
+    *,
+    experts: int,
+    top_k: int,
+    dense_layers: int = 0,
+    renormalize: bool = True,
+    noise: float = 0.0,
+    keep_optimizer: bool = False,
+) -> RunDirectory:
+    """A run whose experts are copies of a dense run's feed-forwards (`surgery.upcycle`)."""
+    if not 0.0 <= noise < float("inf"):
+        raise UsageError(f"--noise {noise:g}: must be 0 or more")
+
+    def change(model: schema.Model) -> schema.Model:
+        return surgery.upcycled_model(
+            model, experts=experts, top_k=top_k, dense_layers=dense_layers, renormalize=renormalize
+        )
+
+    settings = {
+        "experts": experts, "top_k": top_k, "dense_layers": dense_layers, "renormalize": renormalize, "noise": noise,
+    }  # fmt: skip
+    return _converted(
+        parent, step, lab, name, {"conversion": "upcycle", **settings}, change,
+        lambda model, tensors: surgery.upcycle(model, tensors, noise=noise),
+        surgery.upcycle_optimizer if keep_optimizer else None,
+    )  # fmt: skip
+
+
+def pool_kv_heads(parent: RunDirectory, step: int | None, lab: Path, name: str, kv_heads: int) -> RunDirectory:
+    """A run with fewer key heads, each the mean of a group (`surgery.pool_kv_heads`), and a fresh optimizer."""
+    return _converted(
+        parent, step, lab, name, {"conversion": "kv-heads", "kv_heads": kv_heads},
+        lambda model: surgery.pooled_model(model, kv_heads), surgery.pool_kv_heads, None,
+    )  # fmt: skip
+
+
+def extend(
+    parent: RunDirectory,
+    step: int | None,
+    lab: Path,
+    name: str,
+    context: int,
+    method: surgery.Method | None = None,
+    factor: float | None = None,
+) -> RunDirectory:
+    """A run that reads more tokens (`surgery.extended_model`), with the same weights and optimizer."""
+    settings = {"context": context, "method": method, "factor": factor}
+    return _converted(
+        parent, step, lab, name, {"conversion": "extend", **settings},
+        lambda model: surgery.extended_model(model, context, method, factor),
+        lambda model, tensors: dict(tensors), lambda model, tensors: dict(tensors),
+    )  # fmt: skip
+
+
+def import_model(source: str, lab: Path, name: str) -> RunDirectory:
+    """A run from a Hugging Face folder, or `hf:OWNER/NAME[@REVISION]` (`model.huggingface.import_huggingface`).
+
+    Its recipe holds the model's shape, RoPE and tokenizer, AdamW at 1e-4 with `transfer = "none"`, and for an
+    encoder-decoder T5's objective; data and duration are anyone's.
+    """
+    path = _free(lab, name)
+    folder, origin = Path(source), source
+    if source.startswith("hf:"):
+        folder, commit = download_model(source)
+        origin = f"{source.partition('@')[0]}@{commit}"
+    elif not folder.is_dir():
+        raise UsageError(f"{source}: no such folder; a model is a folder with a config.json, or hf:OWNER/NAME")
+    found = import_huggingface(folder)
+    row = shape(found.model).row_positions
+    recipe = Recipe(
+        name=name,
+        data=schema.Data(tokenizer=str(Path("runs", name, "tokenizer.json"))),
+        model=found.model,
+        objective=schema.Objective(kind="span" if found.model.topology == "encoder-decoder" else "causal"),
+        optimizer=IMPORTED_OPTIMIZER,
+        batch=schema.Batch(tokens=row),
+        duration=schema.Duration(tokens=row),
+    )
+    check(recipe, source)
+    lineage = {
+        "parent": origin, "step": 0, "fresh_optimizer": True, "conversion": "import",
+        "class": architecture(found.model), "renamed_tokens": found.renamed, "new_rows": found.new_rows,
+    }  # fmt: skip
+    return _made(path, recipe, found.tokenizer.to_json(), lineage, found.state)
+
+
+def _converted(
+    parent: RunDirectory,
+    step: int | None,
+    lab: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    change: Callable[[schema.Model], schema.Model],
+    operate: Callable[[schema.Model, Mapping[str, Tensor]], dict[str, Tensor]],
+    operate_optimizer: Callable[[schema.Model, Mapping[str, Tensor]], dict[str, Tensor]] | None,
+) -> RunDirectory:
+    """A new run at step 0 from a checkpoint of another; without `operate_optimizer` its optimizer begins anew."""
+    path = _free(lab, name)
+    before = run_recipe(parent)
+    after = _fitting(replace(before, name=name, model=change(before.model)))
+    check(after, name)
+    found = state.find(parent, step)
+    if found is None:
+        raise UsageError(f"{parent.path}: has no checkpoint yet; `shot resume {parent.name}` trains on")
+    tokenizer = (parent.path / "tokenizer.json").read_text(encoding="utf-8")
+    after = sized(after, Tokenizer.from_json(tokenizer, str(parent.path / "tokenizer.json")))
+    counters = state.read_counters(found.path)
+    optimizer = {}
+    if operate_optimizer is not None:
+        optimizer = operate_optimizer(after.model, state.read_tensors(found.path / state.OPTIMIZER))
+    lineage = {
+        "parent": reference(parent, lab), "step": found.step, "tokens": counters.tokens,
+        "fresh_optimizer": operate_optimizer is None, **settings,
+    }  # fmt: skip
+    return _made(
+        path, after, tokenizer, lineage, operate(after.model, state.read_tensors(found.path / state.MODEL)),
+        optimizer, counters.updates if optimizer else 0, parent,
+    )  # fmt: skip
+
+
+def _fitting(recipe: Recipe) -> Recipe:
+    """Batch and duration raised to what longer rows need."""
+    row = shape(recipe.model).row_positions
+    if recipe.batch.tokens % row == 0:
+        return recipe
+    tokens = -(-recipe.batch.tokens // row) * row
+    duration = replace(recipe.duration, tokens=max(recipe.duration.tokens, tokens) if recipe.duration.tokens else 0)
+    parallel = replace(recipe.parallel, micro_tokens=0)
+    return replace(recipe, batch=schema.Batch(tokens=tokens), duration=duration, parallel=parallel)
+
+
+def _free(lab: Path, name: str) -> Path:
+    """Where a run of that name goes. UsageError when something is there."""
+    check_name(name)
+    path = lab / "runs" / name
+    if path.exists():
+        what = "is a run already" if is_run(path) else "exists and is not a run"
+        raise UsageError(f"{path}: {what}; choose another --name")
+    return path
+
+
+def _made(
+    path: Path,
+    recipe: Recipe,
+    tokenizer: str,
+    lineage: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None = None,
+    updates: int = 0,
+    parent: RunDirectory | None = None,
+) -> RunDirectory:
+    """A run with a checkpoint of step 0, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    own = [] if recipe.optimizer.name in KNOWN or parent is None else [recipe.optimizer.name.partition(":")[0]]
+    try:
+        run = RunDirectory.create(
+            draft,
+            recipe_toml=to_toml(recipe),
+            identity=identity(recipe),
+            lineage=lineage,
+            files=[parent.path / Path(file).name for file in own],  # ty: ignore
+        )
+        atomic_write(draft / "tokenizer.json", tokenizer)
+        if parent is not None and (data := parent.load("data")):
+            run.save("data", data)
+        state.save(run, state.Counters(updates=updates), tensors, optimizer or {})
+        parameters = cost(recipe).parameters
+        counts = {key: getattr(parameters, key) for key in ("total", "non_embedding", "active")}
+        run.save("summary", {"parameters": counts, "tokens": 0, "flops": 0.0, "final": {}})
+        run.set_status(state="done", step=0, tokens=0, message=f"{lineage['conversion']} of {lineage['parent']}")
+        draft.rename(path)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return RunDirectory(path)
