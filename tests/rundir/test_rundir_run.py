@@ -311,6 +311,28 @@ run.end("failed", "disk on fire")
     assert merged[2]["loss"] is None
 
 
+def test_a_kill_while_an_evaluation_is_saved_leaves_none_that_looks_whole_and_is_not(run: RunDirectory) -> None:
+    def save(answer: str, count: int) -> None:
+        run.save_eval("held-out", {"answer": answer, "rows": count}, [{"answer": answer}] * count)
+
+    def first() -> None:
+        shutil.rmtree(run.path / "evals", ignore_errors=True)
+        save("first", 3)
+
+    seen = set()
+    for _ in crashes(lambda: save("second", 2), first):
+        summary = run.evals().get("held-out")
+        if summary:
+            assert run.eval_rows("held-out") == [{"answer": summary["answer"]}] * summary["rows"]
+        seen.add(summary and summary["answer"])
+        for left in (run.path / "evals").glob(".*"):
+            os.utime(left, (0, 0))
+            seen.add("leftover")
+        run.lock().release()
+        assert not list((run.path / "evals").glob(".*"))
+    assert seen == {"first", None, "second", "leftover"}
+
+
 def test_reading_and_writing_runs_needs_nothing_but_the_standard_library() -> None:
     code = "import sys, calledshot.rundir; print({m for m in ('numpy', 'torch', 'scipy') if m in sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

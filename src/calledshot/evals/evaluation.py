@@ -66,17 +66,15 @@ class Evaluation:
 
     def save(self) -> None:
         """Write evals/ID.jsonl, a row a document, and then its summary evals/ID.json; an earlier answer is replaced."""
-        self.path.with_suffix(".jsonl").unlink(missing_ok=True)
-        with self.run.eval_writer(self.identifier) as writer:
-            for one in self.scored.values():
-                columns = one.names, one.languages, one.nats.tolist(), one.tokens.tolist(), one.bytes.tolist()
-                for name, language, nats, tokens, size in zip(*columns, strict=True):
-                    writer.append(
-                        {"source": one.source, "document": name, "language": language,
-                         "nats": nats, "tokens": tokens, "bytes": size}
-                    )  # fmt: skip
-            writer.sync()
-        self.run.save_eval(self.identifier, {"time": utc_now(), **self.summary()})
+        rows = []
+        for one in self.scored.values():
+            columns = one.names, one.languages, one.nats.tolist(), one.tokens.tolist(), one.bytes.tolist()
+            for name, language, nats, tokens, size in zip(*columns, strict=True):
+                rows.append(
+                    {"source": one.source, "document": name, "language": language,
+                     "nats": nats, "tokens": tokens, "bytes": size}
+                )  # fmt: skip
+        self.run.save_eval(self.identifier, {"time": utc_now(), **self.summary()}, rows)
 
 
 def evaluate(

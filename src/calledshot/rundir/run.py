@@ -9,7 +9,7 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,6 +24,7 @@ from calledshot.rundir.files import (
     read_jsonl,
     stream_jsonl,
     tail_jsonl,
+    to_json,
     utc_now,
     write_failure,
     write_json,
@@ -130,7 +131,7 @@ class RunDirectory(Checkpoints):
         except OSError as error:
             lock.release()
             raise write_failure(self.folder, error) from error
-        for leftover in [*self.path.glob(".*.tmp"), *self.folder.glob(".*.tmp")]:
+        for leftover in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
             with suppress(OSError):  # young ones may be another process's labels on their way
                 if time.time() - leftover.stat().st_mtime > HEARTBEAT_SECONDS:
                     leftover.unlink()
@@ -270,10 +271,21 @@ class RunDirectory(Checkpoints):
         """`evals/ID.jsonl`, a row an item; `save_eval` says that it is finished."""
         return JsonLines(self.path / "evals" / f"{identifier}.jsonl")
 
-    def save_eval(self, identifier: str, summary: Mapping[str, Any]) -> None:
-        """Writes an evaluation's summary, `evals/ID.json`, whole."""
+    def save_eval(
+        self, identifier: str, summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] | None = None
+    ) -> None:
+        """Writes an evaluation's summary, `evals/ID.json`, whole; with `rows`, its `evals/ID.jsonl` too.
+
+        An earlier one of that name is replaced. A kill leaves either of them, or rows without a summary, which are not
+        finished: never the summary of the one beside rows of the other.
+        """
         path = self.path / "evals" / f"{identifier}.json"
         path.parent.mkdir(exist_ok=True)
+        if rows is not None:
+            draft = path.with_name(f".{identifier}.jsonl.{secrets.token_hex(6)}.tmp")
+            atomic_write(draft, "".join(f"{to_json(row)}\n" for row in rows))
+            path.unlink(missing_ok=True)
+            draft.rename(path.with_name(f"{identifier}.jsonl"))
         write_json(path, summary)
 
     def evals(self) -> dict[str, dict[str, Any]]:
