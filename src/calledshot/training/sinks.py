@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import sys
 import threading
@@ -33,7 +34,11 @@ def _tensorboard(recipe: Recipe, name: str, folder: Path) -> tuple[Write, Callab
 def _wandb(recipe: Recipe, name: str, folder: Path) -> tuple[Write, Callable[[], None]]:
     import wandb
 
-    run = wandb.init(project="calledshot", name=name, id=name, resume="allow", dir=str(folder), config=to_dict(recipe))
+    # The same for every incarnation, and another one's for a run that takes the name of one that was deleted.
+    identifier = hashlib.sha256((folder / "run.json").read_bytes()).hexdigest()[:16]
+    run = wandb.init(
+        project="calledshot", name=name, id=identifier, resume="allow", dir=str(folder), config=to_dict(recipe)
+    )
     return (lambda step, row: run.log(dict(row), step=step)), run.finish
 
 
@@ -86,21 +91,24 @@ class Sink:
         finish: Callable[[], None] | None = None
         try:
             write, finish = SINKS[self.kind](*self._arguments)
-        except Exception as error:  # any failure of a dashboard is its own
+        except BaseException as error:  # any failure of a dashboard is its own, its wish to exit too
             self._complain(error)
         while (item := self._rows.get()) is not None:
             if write is None:
                 continue
             try:
                 write(*item)
-            except Exception as error:  # as above
+            except BaseException as error:  # as above
                 self._complain(error)
                 write = None
         if finish is not None:
             try:
                 finish()
-            except Exception as error:  # as above
+            except BaseException as error:  # as above
                 self._complain(error)
 
-    def _complain(self, error: Exception) -> None:
-        print(f"shot: {self.kind} failed and is left out from here ({error}); the run goes on", file=sys.stderr)
+    def _complain(self, error: BaseException) -> None:
+        print(
+            f"shot: {self.kind} failed and is left out from here ({error or type(error).__name__}); the run goes on",
+            file=sys.stderr,
+        )
