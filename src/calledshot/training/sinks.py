@@ -109,6 +109,6 @@ class Sink:
 
     def _complain(self, error: BaseException) -> None:
         print(
-            f"shot: {self.kind} failed and is left out from here ({error or type(error).__name__}); the run goes on",
+            f"shot: {self.kind} failed and is left out from here ({str(error) or type(error).__name__}); the run goes on",
             file=sys.stderr,
         )
