@@ -108,7 +108,5 @@ class Sink:
                 self._complain(error)
 
     def _complain(self, error: BaseException) -> None:
-        print(
-            f"shot: {self.kind} failed and is left out from here ({str(error) or type(error).__name__}); the run goes on",
-            file=sys.stderr,
-        )
+        why = str(error) or type(error).__name__
+        print(f"shot: {self.kind} failed and is left out from here ({why}); the run goes on", file=sys.stderr)
