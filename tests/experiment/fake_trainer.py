@@ -1,4 +1,4 @@
-"""A trainer of somebody else's, that keeps its records through the shim: `train FILE --name RUN`, `generate`, `eval`.
+"""A trainer of somebody else's, that keeps its records through the shim: `train`, `convert`, `generate`, `eval`.
 
 Arms called `fails` fail unless FAKE_MENDED is set; each of the 10 steps takes FAKE_SECONDS. The held-out loss is 1.5,
 less 0.1 for an arm called `good`, and moves by 0.001 with the seed.
@@ -26,6 +26,8 @@ def train(file: str, name: str) -> int:
     signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
     path.mkdir(parents=True, exist_ok=True)
     (path / "recipe.toml").write_text(Path(file).read_text())
+    if "--from" in sys.argv:
+        (path / "lineage.json").write_text(json.dumps({"parent": sys.argv[sys.argv.index("--from") + 1]}))
     with open("started", "a") as log:
         log.write(f"{name} {begin} {time.time()}\n")
     run = Shim(str(path))
@@ -54,10 +56,15 @@ def train(file: str, name: str) -> int:
 verb, first, *rest = sys.argv[1:]
 if verb == "train":
     sys.exit(train(first, rest[rest.index("--name") + 1]))
+elif verb == "convert":
+    made = Path("runs", rest[-1])
+    made.mkdir()
+    (made / "status.json").write_text(json.dumps({"state": "done", "made": [first, *rest]}))
 elif verb == "generate":
     tokens = int(rest[rest.index("--tokens") + 1])
     seed = int(rest[rest.index("--seed") + 1])
     print(json.dumps({"completions": [{"tokens": tokens if seed else 3}], "tokens_per_second": 100.0 + seed}))
 else:
-    sources = {"a": {"bits_per_byte": 1.0, "bytes": 100}, "b": {"bits_per_byte": 2.0, "bytes": 300}}
+    far = 1.0 * (Path("runs", first, "status.json").read_text().count("extend") > 0)
+    sources = {"a": {"bits_per_byte": 1.0 + far, "bytes": 100}, "b": {"bits_per_byte": 2.0 + far, "bytes": 300}}
     print(json.dumps([{"run": first, "sources": sources}]))

@@ -75,7 +75,8 @@ def outcome(arm: str, size: str, seed: int, truth: Truth, tokens: float = 1e6, f
     )
     return Outcome(
         run=f"planted-{arm}-{size}-s{seed}", arm=arm, size=size, seed=seed, state=truth.state,
-        loss=truth.loss if truth.state == "done" else None, tokens=tokens, flops=flops, rate=truth.rate, curve=points,
+        loss=truth.loss if truth.state == "done" else None, tokens=tokens, flops=flops, seconds=tokens / truth.rate,
+        rate=truth.rate, curve=points,
         spikes=(truth.spike,) if truth.spike else (), skipped=truth.skipped,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planted import suite
 
 from calledshot.experiment import resolve, unmatched
-from calledshot.experiment.matching import TOLERANCE, with_key
+from calledshot.experiment.matching import TOLERANCE
 from calledshot.model import Decoder
 from calledshot.recipe import UsageError, cost
 
@@ -119,4 +119,3 @@ def test_the_command_line_moves_baseline_and_arms_alike():
     found = resolve(replace(asked, overrides=("duration.tokens=50k", "model.width=128")))
     assert {cell.cost.tokens for cell in found.values()} == {50_176}
     assert {cell.recipe.model.width for cell in found.values()} == {128}
-    assert with_key(found["base", "S"].recipe, "model.hidden", 8).model.hidden == 8

@@ -118,6 +118,43 @@ def test_speeds_are_measured_first_where_seconds_are_matched(lab):
     assert report.row("slow", "S").seconds == pytest.approx(report.row("base", "S").seconds, rel=0.01)
 
 
+def test_an_arm_may_begin_with_what_another_has_become(lab):
+    half = 'name = "half"\nmatch = "none"\nat.S.duration.tokens = 50_000'
+    grown = (
+        'name = "grown"\nstart = "half"\nconvert = ["upcycle", "--experts", "4"]\nmatch = "flops"\n'
+        "set.model = { experts = 4, top_k = 2 }\nat.S.model.expert_hidden = 192"
+    )
+    asked = suite(ARMS[0], half, grown, seeds="[0, 1]")
+    ran = run_suite(asked, lab, parallel=4, command=TRAINER)
+    assert ran.exit_code == 0
+    start = RunDirectory(lab / "runs" / "planted-grown-S-s1-start")
+    assert start.status()["made"] == ["upcycle", "planted-half-S-s1", "--experts", "4", "--name", start.name]
+    assert start.labels()["archived"]
+    assert RunDirectory(lab / "runs" / "planted-grown-S-s1").load("lineage") == {"parent": f"{start.name}@0"}
+    cells = {arm: ran.plan.cells[arm, "S"] for arm in ("base", "half", "grown")}
+    # Half of the budget was spent by the dense run, and the rest buys fewer tokens of the sparse one.
+    assert cells["grown"].flops == pytest.approx(cells["base"].flops, rel=0.01)
+    assert cells["grown"].cost.tokens < cells["half"].cost.tokens
+    report = make_report(ran.plan, lab)
+    rows = {row.arm: row for row in report.rows}
+    assert rows["grown"].tokens == pytest.approx(
+        sum(one.cost.tokens for one in (cells["half"], cells["grown"])), rel=0.01
+    )
+    assert rows["grown"].seconds > rows["half"].seconds
+    assert run_suite(asked, lab, command=TRAINER).exit_code == 0
+    assert len(lines(lab / "started")) == 6
+
+
+def test_runs_may_be_changed_before_they_are_asked(lab):
+    more = 'evals = [{ name = "far", convert = ["extend", "--context", "512"], arms = ["good"] }]\n'
+    asked = suite(*ARMS[:2], more=more, seeds="[0]")
+    assert run_suite(asked, lab, parallel=2, command=TRAINER).exit_code == 0
+    known = measurements(asked, lab)
+    assert known["planted-good-S-s0"]["far"] == 2.75
+    assert "far" not in known["planted-base-S-s0"]
+    assert RunDirectory(lab / "runs" / "planted-good-S-s0-far").labels()["archived"]
+
+
 PROGRAM = """
 import sys
 from pathlib import Path

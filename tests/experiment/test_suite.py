@@ -72,6 +72,11 @@ def test_a_mistake_is_told_with_its_place(line, said):
         ("seeds = [0, 1]", 'baseline = "z"', "there is no arm 'z': there are a, b"),
         ("seeds = [0, 1]", "set.duration.tokens = 5", "set.duration: how long runs are"),
         ("seeds = [0, 1]", "seeds = []", "seeds is empty"),
+        ('name = "b"', 'name = "b"\nstart = "a"', "arm b: start and convert belong together"),
+        ('name = "b"', 'name = "b"\nstart = "c"\nconvert = ["x"]', "arm b: start = 'c' is no arm further up"),
+        ('name = "b"', 'name = "b"\nat.L.model.layers = 3', "arm b: there is no size 'L'"),
+        ("seeds = [0, 1]", 'evals = [{ name = "e", arms = ["z"] }]', "there is no arm 'z'"),
+        ("seeds = [0, 1]", 'judge = "e"', "judge = 'e' is none of the evals"),
     ],
 )
 def test_what_does_not_fit_together_is_told(old, new, said, tmp_path):
@@ -107,3 +112,10 @@ def test_keys_of_the_command_line_reach_every_run():
         assert cell.recipe.model.context == 128
     with pytest.raises(UsageError, match="seed: the suite gives each run its own"):
         resolve(load_suite("attention", ["seed=3"]))
+
+
+def test_the_suite_in_the_documents_is_one(tmp_path):
+    document = (Path(__file__).parents[2] / "docs" / "ablations.md").read_text(encoding="utf-8")
+    (tmp_path / "wide.toml").write_text(document.split("```toml\n")[1].split("```")[0])
+    cells = resolve(load_suite(str(tmp_path / "wide.toml")))
+    assert cells["words", "1M"].adjusted.key == "model.hidden"

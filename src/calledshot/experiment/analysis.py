@@ -153,7 +153,7 @@ def analyse(suite: Suite, runs: Sequence[Outcome]) -> Analysis:
     gain = {name: value for name in noise if (value := exchange(suite, name, runs)) is not None}
     names = {name for one in runs for name in one.measures}
     measures = {}
-    for name in (one.name for one in suite.evals if one.name in names):
+    for name in dict.fromkeys(one.name for one in suite.evals if one.name in names):
         asked = grouped(runs, lambda one, name=name: one.measures.get(name))
         other = Judge(suite, steady, {size: noise_at(size, asked, steady) for size in noise})
         measures[name] = other.family(other.pairs(), asked)
@@ -254,7 +254,7 @@ class Judge:
             lonely = arm if noise_a is None else against
             if self.steady[lonely, size].apart:
                 return replace(seen, reason=f"{lonely} is unstable, and has one seed")
-            return replace(seen, reason=f"no arm has several seeds at {size}, so the noise is not known")
+            return replace(seen, reason="the noise is not known")
         found: Contrast = contrast(a, b, noise_a, noise_b, shift, more)
         unstable = [name for name in (arm, against) if self.steady[name, size].unstable]
         return replace(

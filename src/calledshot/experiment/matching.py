@@ -60,22 +60,34 @@ class Cell:
     """Its tokens wait for a measurement: it is matched by seconds, and its speed or the baseline's is not known yet."""
     changed: tuple[str, ...]
     """Recipe keys that the arm changes against the baseline, the one moved to match left out."""
+    start: Cell | None = None
+    """Whose run its own begins with."""
 
     @cached_property
     def cost(self) -> Cost:
-        """By arithmetic."""
+        """Of its own run, by arithmetic."""
         return cost(self.recipe)
 
+    @property
+    def tokens(self) -> int:
+        """Of its own run and of what it begins with."""
+        return (self.cost.tokens or 0) + (self.start.tokens if self.start else 0)
 
-QUANTITIES: dict[str, Callable[[Cost], float]] = {
-    "parameters": lambda found: found.parameters.total,
-    "non-embedding": lambda found: found.parameters.non_embedding,
-    "active": lambda found: found.parameters.active,
-    "FLOPs a token": lambda found: found.flops_per_token.total,
-    "tokens": lambda found: found.tokens or 0,
-    "FLOPs": lambda found: found.flops or 0.0,
-    "memory": lambda found: found.bytes.fixed + found.bytes.activations,
-    "KV bytes": lambda found: found.bytes.kv_cache_per_token,
+    @property
+    def flops(self) -> float:
+        """Of its own run and of what it begins with."""
+        return (self.cost.flops or 0.0) + (self.start.flops if self.start else 0.0)
+
+
+QUANTITIES: dict[str, Callable[[Cell], float]] = {
+    "parameters": lambda cell: cell.cost.parameters.total,
+    "non-embedding": lambda cell: cell.cost.parameters.non_embedding,
+    "active": lambda cell: cell.cost.parameters.active,
+    "FLOPs a token": lambda cell: cell.cost.flops_per_token.total,
+    "tokens": lambda cell: cell.tokens,
+    "FLOPs": lambda cell: cell.flops,
+    "memory": lambda cell: cell.cost.bytes.fixed + cell.cost.bytes.activations,
+    "KV bytes": lambda cell: cell.cost.bytes.kv_cache_per_token,
 }
 """What arms can differ in, by arithmetic."""
 
@@ -83,8 +95,7 @@ QUANTITIES: dict[str, Callable[[Cost], float]] = {
 def unmatched(cell: Cell, baseline: Cell) -> dict[str, float]:
     """Quantities in which a cell differs from the baseline's by more than `TOLERANCE`, as a share of the baseline's."""
     shares = {
-        name: read(cell.cost) / against - 1 if (against := read(baseline.cost)) else 0.0
-        for name, read in QUANTITIES.items()
+        name: read(cell) / against - 1 if (against := read(baseline)) else 0.0 for name, read in QUANTITIES.items()
     }
     return {name: share for name, share in shares.items() if abs(share) > TOLERANCE}
 
@@ -102,12 +113,14 @@ def resolve_size(suite: Suite, size: Size, rates: Rates | None = None) -> Iterat
     target = _asked(suite, size, reference, duration)
     baseline = Cell(reference, size, suite.match_of(reference), target, None, False, ())
     yield baseline
+    found = {reference.name: baseline}
     for arm in suite.arms_at(size):
         if arm is not reference:
             asked = _asked(suite, size, arm, {"tokens": target.duration.tokens})
             changed = tuple(key for key, _, _ in difference(target, asked, identity_only=True))
-            cell = Cell(arm, size, suite.match_of(arm), asked, None, False, changed)
-            yield _matched(suite, cell, baseline, rates or {})
+            cell = Cell(arm, size, suite.match_of(arm), asked, None, False, changed, found.get(arm.start))
+            found[arm.name] = _matched(suite, cell, baseline, rates or {})
+            yield found[arm.name]
 
 
 def _where(suite: Suite, size: Size, arm: Arm) -> str:
@@ -120,7 +133,7 @@ def _asked(suite: Suite, size: Size, arm: Arm, duration: dict[str, Any]) -> Reci
     if is_path(reference):
         reference = str(suite.folder / reference)
     data = to_dict(load_recipe(reference, checked=False)) | {"name": "", "seed": 0, "duration": duration}
-    for table in (suite.set, size.set, arm.set):
+    for table in (suite.set, size.set, arm.set, arm.at.get(size.name, {})):
         data = merge(data, table)
     pairs = split_overrides(suite.overrides)
     if any(key.split(".")[0] == "duration" for key, _ in pairs):
@@ -149,8 +162,8 @@ def _matched(suite: Suite, cell: Cell, baseline: Cell, rates: Rates) -> Cell:
             raise UsageError(f"{where}: match = seconds moves {ADJUST[match][0]}, not {', '.join(keys)}")
         return _matched_by_seconds(cell, baseline, rates)
     read = QUANTITIES[{"flops": "FLOPs"}.get(match, match)]
-    target = read(baseline.cost)
-    asked = read(cell.cost) / target - 1
+    target = read(baseline)
+    asked = read(cell) / target - 1
     if abs(asked) <= TOLERANCE:
         return cell
     tried = [f"as it is: {asked:+.1%}"]
@@ -158,12 +171,12 @@ def _matched(suite: Suite, cell: Cell, baseline: Cell, rates: Rates) -> Cell:
         if key in cell.changed:
             tried.append(f"{key} is what the arm changes")
             continue
-        value = _nearest(cell.recipe, key, read, target, where)
-        moved = with_key(cell.recipe, key, value)
-        reached = read(cost(moved)) / target - 1
+        value = _nearest(cell, key, read, target, where)
+        moved = moved_to(cell, key, value)
+        reached = read(moved) / target - 1
         if abs(reached) <= TOLERANCE:
-            check(moved, where)
-            return replace(cell, recipe=moved, adjusted=Adjusted(key, _present(cell, key), value))
+            check(moved.recipe, where)
+            return replace(moved, adjusted=Adjusted(key, _present(cell, key), value))
         tried.append(f"{key} = {value:,}: {reached:+.1%}")
     raise UsageError(
         f"{where}: is not matched by {match} within {TOLERANCE:.0%} ({'; '.join(tried)}): let adjust name another key, "
@@ -184,29 +197,28 @@ def _matched_by_seconds(cell: Cell, baseline: Cell, rates: Rates) -> Cell:
     before, batch = cell.cost.tokens or 0, cell.recipe.batch.tokens
     tokens = (baseline.cost.tokens or 0) * own / against
     after = max(1, round(tokens / batch)) * batch
-    return replace(
-        cell,
-        recipe=with_key(cell.recipe, "duration.tokens", after),
-        adjusted=Adjusted("duration.tokens", before, after) if after != before else None,
-    )
+    adjusted = Adjusted("duration.tokens", before, after) if after != before else None
+    return replace(moved_to(cell, "duration.tokens", after), adjusted=adjusted)
 
 
-def _nearest(recipe: Recipe, key: str, read: Callable[[Cost], float], target: float, where: str) -> int:
+def _nearest(cell: Cell, key: str, read: Callable[[Cell], float], target: float, where: str) -> int:
     """The value of `key` that brings `read` nearest to `target`; what is read must not fall as the key grows."""
     section, _, leaf = key.partition(".")
-    if key == "duration.tokens":
-        batch = recipe.batch.tokens
-        return max(1, round(target / read(cost(with_key(recipe, key, batch))))) * batch
-    if section != "model" or not isinstance(getattr(recipe.model, leaf, None), int) or leaf in FIXED:
-        raise UsageError(f"{where}: adjust = {key!r}: only duration.tokens and sizes of the model can be moved")
+    model = cell.recipe.model
 
     def off(value: int) -> float:
-        return read(cost(with_key(recipe, key, value))) - target
+        return read(moved_to(cell, key, value)) - target
 
+    if key == "duration.tokens":
+        batch = cell.recipe.batch.tokens
+        first, second = off(batch), off(2 * batch)
+        return max(1, round(1 - first / (second - first))) * batch if second > first else batch
+    if section != "model" or not isinstance(getattr(model, leaf, None), int) or leaf in FIXED:
+        raise UsageError(f"{where}: adjust = {key!r}: only duration.tokens and sizes of the model can be moved")
     found = []
     grains = (1,) if leaf.endswith("layers") else GRAINS
-    if leaf == "width" and not recipe.model.head_width:
-        grains = (2 * recipe.model.heads,)  # heads of even width
+    if leaf == "width" and not model.head_width:
+        grains = (2 * model.heads,)  # heads of even width
     for grain in grains:
         low, high = 0, 1  # off(low * grain) < 0 <= off(high * grain), or low is 0
         while off(high * grain) < 0 and high * grain < LARGEST:
@@ -221,12 +233,13 @@ def _nearest(recipe: Recipe, key: str, read: Callable[[Cost], float], target: fl
     return best
 
 
-def with_key(recipe: Recipe, key: str, value: Any) -> Recipe:
-    """The recipe with one key of a section set; `duration.tokens` replaces any other duration."""
+def moved_to(cell: Cell, key: str, value: int) -> Cell:
+    """The cell with one key of its recipe set; `duration.tokens` replaces any other duration."""
     section, leaf = key.split(".")
+    recipe = cell.recipe
     if section == "duration":
-        return replace(recipe, duration=Duration(**{leaf: value}))
-    return replace(recipe, **{section: replace(getattr(recipe, section), **{leaf: value})})
+        return replace(cell, recipe=replace(recipe, duration=Duration(**{leaf: value})))
+    return replace(cell, recipe=replace(recipe, **{section: replace(getattr(recipe, section), **{leaf: value})}))
 
 
 def _present(cell: Cell, key: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Outcome:
     bytes_evaluated: float | None = None
     tokens: float | None = None
     flops: float | None = None
+    seconds: float | None = None
+    """Training at the median speed. Tokens, FLOPs and seconds hold those of the run that it began with too."""
     rate: float | None = None
     """Median training speed, tokens a second."""
     memory: float | None = None
@@ -79,11 +81,6 @@ class Outcome:
     """How it computed: device, dtype, compile, threads."""
 
     @property
-    def seconds(self) -> float | None:
-        """Training seconds at the median speed."""
-        return self.tokens / self.rate if self.tokens and self.rate else None
-
-    @property
     def counts(self) -> bool:
         """Whether its loss is a result."""
         return self.state == "done" and self.loss is not None
@@ -93,7 +90,31 @@ def outcomes(plan: Plan, lab: Path) -> list[Outcome]:
     """Every run of the plan, in its order."""
     said, measured = messages(plan.suite, lab), measurements(plan.suite, lab)
     judge = plan.suite.judge
-    return [outcome(run, lab, said.get(run.name, ""), measured.get(run.name, {}), judge) for run in plan.runs]
+    found: dict[tuple[str, str, int], Outcome] = {}
+    for run in plan.runs:
+        one = outcome(run, lab, said.get(run.name, ""), measured.get(run.name, {}), judge)
+        before = found.get((run.cell.arm.start, one.size, one.seed))
+        found[one.arm, one.size, one.seed] = after(before, one) if before else one
+    return list(found.values())
+
+
+def after(before: Outcome, one: Outcome) -> Outcome:
+    """A run with what was spent on the one that it began with."""
+
+    def both(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else a + b
+
+    tokens, flops = before.tokens or 0.0, before.flops or 0.0
+    points = [
+        replace(
+            point, tokens=point.tokens + tokens, flops=point.flops + flops, seconds=both(point.seconds, before.seconds)
+        )
+        for point in one.curve
+    ]
+    return replace(
+        one, tokens=both(one.tokens, before.tokens), flops=both(one.flops, before.flops),
+        seconds=both(one.seconds, before.seconds), curve=tuple(points),
+    )  # fmt: skip
 
 
 def outcome(run: Run, lab: Path, said: str, measured: Mapping[str, float | None], judge: str = "") -> Outcome:
@@ -126,8 +147,9 @@ def outcome(run: Run, lab: Path, said: str, measured: Mapping[str, float | None]
             name: value for name, value in measured.items() if name not in ("decode", judge) and value is not None
         },
         bytes_evaluated=size,
-        tokens=number(last.get("tokens")),
+        tokens=(tokens := number(last.get("tokens"))),
         flops=number(last.get("flops")),
+        seconds=tokens / rate if tokens and rate else None,
         rate=rate,
         memory=number(summary.get("peak_memory_bytes"))
         or max((value for row in rows if (value := number(row.get("memory_bytes")))), default=None),

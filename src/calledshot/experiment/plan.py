@@ -35,6 +35,11 @@ class Run:
     """Short, only to measure its speed."""
 
     @property
+    def start(self) -> str:
+        """Name of the run whose checkpoint it begins with, empty for none; `shot convert` makes it."""
+        return f"{self.name}-start" if self.cell.start else ""
+
+    @property
     def recipe(self) -> Recipe:
         """What it trains."""
         recipe = replace(self.cell.recipe, name=self.name, seed=self.seed)
@@ -151,7 +156,12 @@ def differences(run: RunDirectory, recipe: Recipe) -> list[str]:
         theirs = from_dict(tomllib.loads(text), str(run.path / "recipe.toml"))
     except (ShotError, ValueError) as error:
         return [str(error)]
-    return [f"{key} {before!r} -> {now!r}" for key, before, now in difference(theirs, recipe, identity_only=True)]
+    forked = bool(run.load("lineage"))  # and has the tokenizer of the run that it began with
+    return [
+        f"{key} {before!r} -> {now!r}"
+        for key, before, now in difference(theirs, recipe, identity_only=True)
+        if not (forked and key == "data.tokenizer")
+    ]
 
 
 def chosen(runs: Iterable[Run], arms: Sequence[str], sizes: Sequence[str]) -> list[Run]:

@@ -274,7 +274,8 @@ def notes(plan: Plan, runs: Sequence[Outcome], analysis: Analysis) -> list[str]:
             "No arm has several finished runs at a size, so the noise of seeds is not known: there are no verdicts."
         )
     for size in plan.suite.sizes:
-        if analysis.noise[size.name] is None and any(analysis.noise.values()):
+        begun = any(one.counts and one.size == size.name for one in runs)
+        if begun and analysis.noise[size.name] is None and any(analysis.noise.values()):
             found.append(f"{size.name}: no arm has several seeds there, so there are no verdicts at that size.")
     if any(one.state == "done" and one.loss is None for one in runs):
         found.append("Some finished runs have no held-out bits per byte and count for nothing.")

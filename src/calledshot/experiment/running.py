@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +103,15 @@ class Bench:
                 self.tell(f"{run.name}: is being trained by another process")
             else:
                 todo.append(run)
+        self._train([run for run in todo if not run.start], len(todo))
+        later = [run for run in todo if run.start]
+        self.convert({run.start: (self._origin(run), run.cell.arm.convert) for run in later})
+        self._train([run for run in later if is_run(self.lab / "runs" / run.start)], len(later))
+
+    def _origin(self, run: Run) -> str:
+        return self.suite.run_name(run.cell.arm.start, run.cell.size.name, f"s{run.seed}")
+
+    def _train(self, todo: Sequence[Run], total: int) -> None:
         threads = max(1, machine.usable_cores() // self.pool.slots)
         ended = [0]
 
@@ -114,7 +123,8 @@ class Bench:
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, to_toml(recipe))
             self.tell(f"{run.name}: {'goes on' if is_run(self.lab / 'runs' / run.name) else 'starts'}")
-            return Job(run.name, (*self.command, "train", str(file), "--name", run.name), self.log(run.name))
+            fork = ("--from", f"{run.start}@0") if run.start else ()
+            return Job(run.name, (*self.command, "train", str(file), "--name", run.name, *fork), self.log(run.name))
 
         def over(job: Job, code: int, seconds: float) -> None:
             ended[0] += 1
@@ -128,9 +138,30 @@ class Bench:
             if now == "not started" and self.pool.signal is None:
                 now = "failed"
             more = f": {said}" if now == "failed" else ""
-            self.tell(f"{job.name}: {now} after {seconds:,.0f} s ({ended[0]} of {len(todo)}){more}")
+            self.tell(f"{job.name}: {now} after {seconds:,.0f} s ({ended[0]} of {total}){more}")
 
         self.pool.work((job(run) for run in todo), over)
+
+    def convert(self, wanted: Mapping[str, tuple[str, tuple[str, ...]]]) -> None:
+        """Makes runs of others' checkpoints: name → (origin, arguments of `shot convert`). Those that are there stay;
+        those whose origin is not done are not made."""
+        todo = {
+            name: (arguments[0], origin, *arguments[1:], "--name", name)
+            for name, (origin, arguments) in wanted.items()
+            if not is_run(self.lab / "runs" / name) and self._done(origin)
+        }
+
+        def made(job: Job, code: int, seconds: float) -> None:
+            if code == 0 and is_run(self.lab / "runs" / job.name):
+                RunDirectory(self.lab / "runs" / job.name).archive()
+            elif self.pool.signal is None:
+                self.tell(f"{job.name}: ended with exit code {code}: {last_words(job.log)}")
+
+        self.pool.work((self._job(name, ("convert", *line)) for name, line in todo.items()), made)
+
+    def _done(self, name: str) -> bool:
+        path = self.lab / "runs" / name
+        return is_run(path) and RunDirectory(path).state() == "done"
 
     def log(self, name: str) -> Path:
         """The file for what a run's processes say."""
@@ -143,16 +174,23 @@ class Bench:
         asked: dict[str, tuple[Run, Eval]] = {}
         for run in runs:
             for one in self.suite.evals:
-                if one.name not in known.get(run.name, {}):
+                mine = not one.arms or run.cell.arm.name in one.arms
+                if mine and one.name not in known.get(run.name, {}):
                     asked[f"{run.name}-{one.name}"] = run, one
+        converted = {name: (run.name, one.convert) for name, (run, one) in asked.items() if one.convert}
+        self.convert(converted)
 
         def evaluated(job: Job, code: int, seconds: float) -> None:
-            run, one = asked[job.name]
+            run, one = asked[job.name.removesuffix("-eval")]
             if (answer := self._answer(job, code)) is not None:
                 self._keep(run, one.name, over_sources(answer, one.field))
 
         self.pool.work(
-            (self._job(name, ("eval", run.name, *one.arguments, "--json")) for name, (run, one) in asked.items()),
+            (
+                self._job(f"{name}-eval", ("eval", name if one.convert else run.name, *one.arguments, "--json"))
+                for name, (run, one) in asked.items()
+                if not one.convert or is_run(self.lab / "runs" / name)
+            ),
             evaluated,
         )
         cells: dict[tuple[str, str], Run] = {}

@@ -51,6 +51,12 @@ class Arm:
     """What is changed and where it comes from, for the report."""
     set: dict[str, Any] = field(default_factory=dict)
     """Recipe keys of this arm."""
+    at: dict[str, Any] = field(default_factory=dict)
+    """More of them at some sizes: a table of recipe keys by the size's name."""
+    start: str = ""
+    """Arm, further up, whose finished run of the same size and seed this one begins with; its cost counts too."""
+    convert: tuple[str, ...] = ()
+    """What `shot convert` makes of that run first: `["upcycle", "--experts", "8"]`."""
     match: str = ""
     """What this arm is given as much of as the baseline; empty takes the suite's."""
     adjust: tuple[str, ...] = ()
@@ -67,6 +73,10 @@ class Eval:
     """As tables call it."""
     arguments: tuple[str, ...] = ()
     """Options of `shot eval`."""
+    convert: tuple[str, ...] = ()
+    """What `shot convert` makes of the run before it is asked: `["extend", "--context", "512"]`."""
+    arms: tuple[str, ...] = ()
+    """Arms that are asked; empty means all."""
     field: str = "bits_per_byte"
     """The number taken from each source of what it prints; lower is better."""
 
@@ -176,8 +186,10 @@ def problems(suite: Suite) -> Iterator[str]:
         if not getattr(suite, key):
             yield f"{key} is empty: an ablation needs at least one"
             return
-    for kind, named in (("sizes", suite.sizes), ("arms", suite.arms), ("evals", suite.evals)):
-        names = [one.name for one in named]
+    # Arms may be asked in different ways under one name.
+    evals = [f"{one.name}-{'-'.join(one.arms)}" if one.arms else one.name for one in suite.evals]
+    sizes, arms = [size.name for size in suite.sizes], [arm.name for arm in suite.arms]
+    for kind, names in (("sizes", sizes), ("arms", arms), ("evals", evals)):
         for place, name in enumerate(names):
             if not NAME.fullmatch(name):
                 yield f"{kind}.{place}.name = {name!r}: take letters, digits, and . _ + - between them"
@@ -194,8 +206,8 @@ def problems(suite: Suite) -> Iterator[str]:
     for match in dict.fromkeys((suite.match, *map(suite.match_of, suite.arms))):
         if match not in MATCHES:
             yield f"match = {match!r}: choose {' or '.join(MATCHES)}"
-    arms, sizes = [arm.name for arm in suite.arms], [size.name for size in suite.sizes]
-    for name in (suite.baseline, *(name for pair in suite.comparisons for name in pair)):
+    asked = [name for one in suite.evals for name in one.arms]
+    for name in (suite.baseline, *(name for pair in suite.comparisons for name in pair), *asked):
         if name not in arms:
             yield f"there is no arm {name!r}: there are {', '.join(arms)}"
     if suite.judge and suite.judge not in [one.name for one in suite.evals]:
@@ -204,15 +216,35 @@ def problems(suite: Suite) -> Iterator[str]:
         if len(set(pair)) < 2:
             yield f"comparisons: {pair[0]} is compared with itself"
     for arm in suite.arms:
-        for name in arm.sizes:
+        for name in (*arm.sizes, *arm.at):
             if name not in sizes:
                 yield f"arm {arm.name}: there is no size {name!r}: there are {', '.join(sizes)}"
+        if bool(arm.start) != bool(arm.convert):
+            yield f"arm {arm.name}: start and convert belong together: which run, and what `shot convert` makes of it"
+        elif arm.start:
+            yield from _start_problems(suite, arm)
     for size in suite.sizes:
         if bool(size.tokens) == bool(size.flops) or size.tokens < 0 or size.flops < 0:
             yield f"size {size.name}: exactly one of tokens and flops says how long its runs are"
     for key, table in (("set", suite.set), *((f"size {size.name}: set", size.set) for size in suite.sizes)):
         if "duration" in table:
             yield f"{key}.duration: how long runs are is said by tokens or flops of each size"
+
+
+def _start_problems(suite: Suite, arm: Arm) -> Iterator[str]:
+    """Arms that cannot begin where they say."""
+    before = [one for one in suite.arms[: suite.arms.index(arm)] if one.name == arm.start]
+    if not before:
+        yield f"arm {arm.name}: start = {arm.start!r} is no arm further up"
+        return
+    for size in suite.sizes:
+        here = suite.arms_at(size)
+        if arm in here and not (
+            before[0] in here and set(suite.seeds_of(arm, size)) <= set(suite.seeds_of(before[0], size))
+        ):
+            yield f"arm {arm.name}: {arm.start} has not every seed at {size.name} that it begins with there"
+    if suite.match_of(arm) == "seconds":
+        yield f"arm {arm.name}: seconds cannot be matched where a part of them was spent before: match flops"
 
 
 def _named(items: Iterable[Any], name: str, missing: str) -> Any:
@@ -242,6 +274,8 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind == dict[str, Any]:
         if not isinstance(value, dict):
             raise UsageError(f"{where}: {key} = {value!r}: expected a table of recipe keys")
+        if key.endswith(".at"):
+            return {size: _value(kind, table, where, f"{key}.{size}") for size, table in value.items()}
         for name in OWNED:
             if name in value:
                 raise UsageError(f"{where}: {key}.{name}: the suite gives each run its own {name}")
