@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from planted import suite
 
-from calledshot.experiment import make_report, run_suite
+from calledshot.experiment import make_plan, make_report, room, run_suite
+from calledshot.experiment.plan import bytes_needed
 from calledshot.experiment.running import measurements
 from calledshot.recipe import UsageError
 from calledshot.rundir import RunDirectory, read_jsonl, runs
@@ -188,3 +189,16 @@ def test_ctrl_c_stops_the_runs_after_a_step_and_the_same_command_goes_on(lab):
         begun.setdefault(name, []).append(int(step))
     assert begun["planted-base-S-s0"][0] == 0 and begun["planted-base-S-s0"][1] >= 3
     assert {run.state() for run in runs(lab)} == {"done"}
+
+
+def test_as_many_fit_as_cores_and_memory_allow(lab, monkeypatch):
+    planned = make_plan(suite(*ARMS), lab)
+    needed = bytes_needed(planned.runs[0])
+    for cores, memory, gpus, expected in ((8, 3.5, 0, 3), (2, 100, 0, 2), (8, 0.1, 0, 1), (8, 0.1, 4, 4)):
+        monkeypatch.setattr("calledshot.experiment.plan.machine.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("calledshot.experiment.plan.machine.gpus", lambda gpus=gpus: [None] * gpus)
+        described = {"memory": {"available_bytes": memory * needed / 0.9}}
+        monkeypatch.setattr("calledshot.experiment.plan.machine.describe", lambda described=described: described)
+        assert room(planned.runs) == expected
+    slow = 'name = "slow"\nset.model.layers = 4\nmatch = "seconds"'
+    assert room(make_plan(suite(ARMS[0], slow), lab).calibrations) == 1
