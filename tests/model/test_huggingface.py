@@ -29,6 +29,9 @@ SHAPES = {
     "llama-yarn": schema.Model(
         **SMALL, qk_norm=False, rope_base=100.0, rope_scaling="yarn", rope_factor=2.0, rope_original_context=32
     ),
+    "llama3": schema.Model(
+        **SMALL, qk_norm=False, rope_base=100.0, rope_scaling="llama3", rope_factor=8.0, rope_original_context=16
+    ),
     "ntk": schema.Model(**SMALL, rope_scaling="ntk", rope_factor=4.0, rope_original_context=16),
     "dynamic": schema.Model(**SMALL, rope_scaling="dynamic", rope_factor=2.0, rope_original_context=16),
     "moe": schema.Model(**SMALL, hidden=96, experts=8, top_k=2),
@@ -41,7 +44,7 @@ SHAPES = {
         layers=2, width=64, heads=4, kv_heads=1, head_width=24, experts=3, top_k=3, qk_norm=False, tied_embeddings=True
     ),
 }
-CLASSES = {"llama": "Llama", "mixtral": "Mixtral", "moe": "Qwen3Moe"}
+CLASSES = {"llama": "Llama", "llama3": "Llama", "mixtral": "Mixtral", "moe": "Qwen3Moe"}
 """By what a shape's name begins with; the others are Qwen3."""
 
 
@@ -214,7 +217,8 @@ def test_what_no_class_expresses_is_refused(change, key, tmp_path, tokenizer):
     "change, word",
     [
         ({"model_type": "gemma2"}, "gemma2"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq_factor"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_hidden_layers": 4}, "model.layers.3"),
         ({"num_hidden_layers": 2}, "model.layers.2"),

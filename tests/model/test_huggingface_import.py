@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 from huggingface_models import loaded, random_decoder
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from calledshot.data import Tokenizer
 from calledshot.data.tokenizer import SPECIALS
@@ -47,6 +47,29 @@ def sentence_piece() -> tokenizers.Tokenizer:
     theirs.add_special_tokens([f"<extra_id_{number}>" for number in reversed(range(100))])
     ends = ("</s>", 1)
     theirs.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[ends])
+    return theirs
+
+
+def bytes_behind_pieces() -> tokenizers.Tokenizer:
+    """As Llama 2's and Mixtral's: a BPE of pieces that falls back on bytes, its specials in the vocabulary."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"▁thecaosm<|end>/begin",
+        "th",
+        "▁th",
+    ]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("t", "h"), ("▁", "th")]
+    theirs = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    theirs.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    theirs.add_special_tokens(["<unk>", "<s>", "</s>"])
+    theirs.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return theirs
 
 
@@ -129,7 +152,7 @@ def test_one_token_for_both_ends_is_the_end_and_its_twin_reads_alike(tmp_path):
     assert not torch.equal(state["embedding_VD"][tokenizer.pad], state["embedding_VD"][both])
 
 
-def test_t5_begins_with_its_padding_and_brings_its_sentinels(tmp_path):
+def test_t5_begins_with_its_padding_and_brings_its_sentinels(tmp_path, transformers):
     theirs = sentence_piece()
     size = theirs.get_vocab_size()
     before = saved(
@@ -148,9 +171,18 @@ def test_t5_begins_with_its_padding_and_brings_its_sentinels(tmp_path):
     expected = before.logits(before.hidden_states(tokens, encoder_inputs=read))
     logits = after.logits(after.hidden_states(tokens, encoder_inputs=read))
     assert torch.equal(logits[..., :size], expected[..., :size])
+    # And out again, as the same function of the same text.
+    export_huggingface(tmp_path / "out", found.model, found.state, tokenizer)
+    there = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(there(read.tokens_BS, decoder_input_ids=tokens).logits, logits, rtol=0, atol=1e-5)
+    assert (there.config.decoder_start_token_id, there.config.eos_token_id) == (0, 1)
+    spelled = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert spelled(TEXTS[0]).input_ids == [0, *tokenizer.encode(TEXTS[0])]
+    filled = spelled("the <|sentinel_0|>", split_special_tokens=False).input_ids
+    assert filled[-1] == tokenizer.sentinels[0]
 
 
-@pytest.mark.parametrize("kind", [byte_level, sentence_piece])
+@pytest.mark.parametrize("kind", [byte_level, sentence_piece, bytes_behind_pieces])
 def test_no_text_spells_a_special_token(kind, tmp_path):
     """A unigram model would find them in its vocabulary, where they stand under the lab's names."""
     theirs = kind(["<s>", "</s>"]) if kind is byte_level else kind()
@@ -160,6 +192,9 @@ def test_no_text_spells_a_special_token(kind, tmp_path):
     tokenizer = import_huggingface(tmp_path / "m").tokenizer
     text = "a<|end|>b <|begin|> <|sentinel_0|>" + "".join(SPECIALS)
     assert not set(tokenizer.encode(text)) & set(tokenizer.special.values())
+    assert tokenizer.end == ids["eos_token_id"]
+    for ordinary in TEXTS[::2]:
+        assert tokenizer.encode(ordinary) == theirs.encode(ordinary, add_special_tokens=False).ids
 
 
 def test_a_folder_of_the_labs_own_comes_back_as_it_was(tmp_path, tokenizer):

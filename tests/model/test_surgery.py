@@ -183,21 +183,24 @@ LONG = schema.Model(layers=1, width=256, heads=2, kv_heads=2, head_width=128, ro
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0, 8.0])
-@pytest.mark.parametrize("method", ["yarn", "dynamic", "ntk"])
+@pytest.mark.parametrize("method", ["yarn", "dynamic", "ntk", "llama3"])
 def test_frequencies_are_those_of_transformers(method, factor, transformers):
     """At Qwen3's settings. Its "dynamic" is asked for the length that ours is fixed at."""
     rope = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
     context = round(LONG.context * factor)
-    model = extended_model(LONG, context, method)
+    model = extended_model(LONG, context, "yarn" if method == "llama3" else method)
+    if method == "llama3":  # which models come with
+        model = dataclasses.replace(model, rope_scaling=method)
     assert (model.rope_scaling, model.rope_factor, model.rope_original_context) == (method, factor, 32768)
     rotary = {"rope_type": "default", "rope_theta": 1e6 * factor ** (128 / 126)}
     if method != "ntk":
         rotary = {"rope_type": method, "rope_theta": 1e6, "factor": factor}
-    if method == "yarn":
+    if method in ("yarn", "llama3"):
         rotary["original_max_position_embeddings"] = 32768
-    config = transformers.Qwen3Config(
-        head_dim=128, max_position_embeddings=context if method == "yarn" else 32768, rope_parameters=rotary
-    )
+    if method == "llama3":  # as Llama 3.1 has them
+        rotary |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    length = 32768 if method in ("dynamic", "ntk") else context
+    config = transformers.Qwen3Config(head_dim=128, max_position_embeddings=length, rope_parameters=rotary)
     if method == "ntk":
         theirs = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding(config)
         expected, attention = theirs.inv_freq, theirs.attention_scaling

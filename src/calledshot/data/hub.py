@@ -99,6 +99,7 @@ def _failure(what: str, error: Exception) -> UsageError | RunError:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -109,7 +110,7 @@ def _failure(what: str, error: Exception) -> UsageError | RunError:
         return UsageError(f"{what}: no such revision")
     if isinstance(error, RepositoryNotFoundError):
         return UsageError(f"{what}: not on the hub, or private (`hf auth login`)")
-    if isinstance(error, EntryNotFoundError) and "cache" not in str(error):
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return UsageError(f"{what}: no such file there")
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return RunError(

@@ -13,6 +13,7 @@ RELATIVE_BUCKETS = 32
 RELATIVE_DISTANCE = 128
 """T5's settings: buckets of a table, and the distance from which all share the last."""
 YARN_FAST, YARN_SLOW = 32.0, 1.0
+LLAMA3_FAST, LLAMA3_SLOW = 4.0, 1.0
 """Turns over the original context from which a wavelength is kept, and below which it is stretched whole."""
 
 
@@ -24,7 +25,8 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
     | none | base ** -(2i / C) (Su et al. 2021, arXiv 2104.09864) |
     | ntk | the base raised to base * factor ** (C / (C - 2)), so that the longest wavelength grows by the factor |
     | dynamic | to base * (factor * context / original - (factor - 1)) ** (C / (C - 2)) |
-    | yarn | long wavelengths divided by the factor, short ones kept, a linear ramp between; times 0.1 ln(factor) + 1 |
+    | yarn | long wavelengths times the factor, short ones kept, a ramp over the pairs between; times 0.1 ln(f) + 1 |
+    | llama3 | the same as Llama 3.1 to 3.3 have it: a ramp over the turns in the original context, times nothing |
 
     `transformers` raises the base of "dynamic" with the length at hand; here it is that of the whole context from the
     start, so that cached keys stay right. YaRN is Peng et al. 2023, arXiv 2309.00071, with the ramp of `transformers`'
@@ -33,6 +35,10 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
     base, factor = raised_base(model, width), model.rope_factor
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     kept = base**-exponents
+    if model.rope_scaling == "llama3":
+        turns = kept * (model.rope_original_context / (2 * math.pi))
+        ramp = ((turns - LLAMA3_SLOW) / (LLAMA3_FAST - LLAMA3_SLOW)).clamp(0, 1)
+        return kept / factor * (1 - ramp) + kept * ramp, 1.0
     if model.rope_scaling != "yarn":
         return kept, 1.0
 

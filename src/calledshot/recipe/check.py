@@ -34,7 +34,7 @@ CHOICES = {
     "model.topology": ("decoder", "prefix", "encoder-decoder"),
     "model.encoder_pooling": (1, 2, 4, 8),
     "model.positions": ("rope", "t5", "none"),
-    "model.rope_scaling": ("none", "ntk", "dynamic", "yarn"),
+    "model.rope_scaling": ("none", "ntk", "dynamic", "yarn", "llama3"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.norm_placement": ("pre", "post", "sandwich"),
     "model.feed_forward": ("swiglu", "geglu", "gelu", "relu2"),

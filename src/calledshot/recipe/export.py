@@ -36,8 +36,8 @@ class Obstacle:
 def obstacles(model: Model, kind: str) -> list[Obstacle]:
     """What keeps a model from being the class that `kind`, a key of CLASSES, names; none where the logits are equal.
 
-    Prefixes are none: the class computes the same once it is given their mask. Nor is `rope_scaling`: YaRN is the
-    class's own, and the others are a higher base.
+    Prefixes are none: the class computes the same once it is given their mask. Nor is `rope_scaling`: `yarn` and
+    `llama3` are the class's own, and the others are a higher base.
     """
     found = shape(model)
     return [

@@ -109,7 +109,7 @@ class Model:
     positions: str = "rope"
     """`rope`, `t5` (relative bias, one table a stack) or `none`."""
     rope_scaling: str = "none"
-    """How RoPE reaches past the length it was trained at: `none`, `ntk`, `dynamic` or `yarn`."""
+    """How RoPE reaches past the length it was trained at: `none`, `ntk`, `dynamic`, `yarn` or `llama3`."""
     rope_factor: float = 1.0
     """Times that `context` is longer than `rope_original_context`, for `rope_scaling`."""
     rope_original_context: int = 0

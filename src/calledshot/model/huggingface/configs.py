@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from calledshot.model.positions import (
+    LLAMA3_FAST,
+    LLAMA3_SLOW,
     RELATIVE_BUCKETS,
     RELATIVE_DISTANCE,
     YARN_FAST,
@@ -20,6 +22,12 @@ from calledshot.model.positions import (
 from calledshot.recipe import UsageError, schema, shape
 from calledshot.recipe.export import CLASSES, T5_FEED_FORWARDS, export_kind
 from calledshot.rundir import read_json
+
+OWN: dict[str, dict[str, Any]] = {
+    "yarn": {"beta_fast": YARN_FAST, "beta_slow": YARN_SLOW, "truncate": True, "mscale": None},
+    "llama3": {"low_freq_factor": LLAMA3_SLOW, "high_freq_factor": LLAMA3_FAST},
+}
+"""Ways of scaling RoPE that are the same there and here, with the settings that are fixed here."""
 
 KINDS = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3-moe", "mixtral": "mixtral", "t5": "t5"}
 """Ours by `model_type`."""
@@ -131,14 +139,15 @@ def written_config(
 def _rotary(config: schema.Model, width: int) -> dict[str, Any]:
     """`rope_parameters`. Their "dynamic" changes with the length at hand, ours does not: as NTK it is a base."""
     theta = raised_base(config, width)
-    if config.rope_scaling != "yarn":
+    if config.rope_scaling not in OWN:
         return {"rope_type": "default", "rope_theta": theta}
-    return {
-        "rope_type": "yarn",
+    written = {
+        "rope_type": config.rope_scaling,
         "rope_theta": theta,
         "factor": config.rope_factor,
         "original_max_position_embeddings": config.rope_original_context,
     }
+    return written | (OWN["llama3"] if config.rope_scaling == "llama3" else {})
 
 
 def read_model(folder: Path) -> schema.Model:
@@ -221,27 +230,22 @@ def _read_rotary(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     rotary = found.get("rope_scaling") or found.get("rope_parameters") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     base = float(rotary.get("rope_theta", found.get("rope_theta", 10_000.0)))
-    if kind not in ("default", "dynamic", "yarn") or rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"{file}: its rotary embedding ({rotary}) has no place in this trunk, which knows yarn")
-    if kind != "yarn":
+    if kind not in ("default", "dynamic", *OWN) or rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(
+            f"{file}: its rotary embedding ({rotary}) has no place in this trunk, which knows {' and '.join(OWN)}"
+        )
+    if kind not in OWN:
         return {"rope_base": base}
-    for key, only in (("beta_fast", YARN_FAST), ("beta_slow", YARN_SLOW), ("truncate", True), ("mscale", None)):
-        if rotary.get(key, only) != only:
-            raise UsageError(
-                f"{file}: {key} = {rotary[key]!r} of its YaRN has no place in this trunk, which has {only}"
-            )
     context = int(found["max_position_embeddings"])
     original = int(rotary.get("original_max_position_embeddings", context))
     factor = float(rotary.get("factor") or context / original)
-    attention = float(rotary.get("attention_factor") or yarn_attention(factor))
-    if not math.isclose(attention, yarn_attention(factor)):
-        raise UsageError(f"{file}: attention_factor = {attention} of its YaRN has no place in this trunk")
-    return {
-        "rope_base": base,
-        "rope_scaling": "yarn",
-        "rope_factor": factor,
-        "rope_original_context": original,
-    }
+    attention = yarn_attention(factor) if kind == "yarn" else 1.0
+    if not math.isclose(float(rotary.get("attention_factor") or attention), attention):
+        raise UsageError(f"{file}: attention_factor = {rotary['attention_factor']} of its {kind} has no place here")
+    for key, only in OWN[kind].items():
+        if rotary.get(key, only) != only:
+            raise UsageError(f"{file}: {key} = {rotary[key]!r} of its {kind} has no place in this trunk, only {only!r}")
+    return {"rope_base": base, "rope_scaling": kind, "rope_factor": factor, "rope_original_context": original}
 
 
 def _t5(file: Path, found: Mapping[str, Any]) -> schema.Model:
