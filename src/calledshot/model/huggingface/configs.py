@@ -243,7 +243,7 @@ def _read_rotary(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     if not math.isclose(float(rotary.get("attention_factor") or attention), attention):
         raise UsageError(f"{file}: attention_factor = {rotary['attention_factor']} of its {kind} has no place here")
     for key, only in OWN[kind].items():
-        if rotary.get(key, only) != only:
+        if rotary.get(key) not in (None, only):
             raise UsageError(f"{file}: {key} = {rotary[key]!r} of its {kind} has no place in this trunk, only {only!r}")
     return {"rope_base": base, "rope_scaling": kind, "rope_factor": factor, "rope_original_context": original}
 

@@ -63,7 +63,7 @@ def to_huggingface(config: schema.Model, state: Mapping[str, Tensor]) -> Iterato
 
 
 def from_huggingface(config: schema.Model, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The Decoder's state dict from the class's, in the dtypes that it has."""
+    """The Decoder's state dict from the class's, in the dtypes that it has; T5's queries in float32."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Decoder(config).state_dict().items()}
     parts: dict[str, list[Place]] = {}
@@ -75,7 +75,9 @@ def from_huggingface(config: schema.Model, weights: Mapping[str, Tensor]) -> dic
         if len(found) == 1 and found[0] == Place(found[0].theirs, ours):
             state[ours] = first.view(shapes[ours])
             continue
-        whole = torch.empty(shapes[ours], dtype=first.dtype, device=first.device)
+        # What is scaled may have no value in the file's own dtype.
+        dtype = torch.float32 if any(place.scale != 1.0 for place in found) else first.dtype
+        whole = torch.empty(shapes[ours], dtype=dtype, device=first.device)
         for place in found:
             part = place.part(whole)
             part.copy_(weights[place.theirs].view(part.shape))
