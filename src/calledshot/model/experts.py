@@ -26,6 +26,10 @@ from calledshot.model.routing import Auxiliary, Combine, Dispatch, arrange, auxi
 from calledshot.recipe.derived import GATED, Shape
 
 
+FEW_CHOICES = 16
+"""Choices of experts in a pass without gradients up to which sorting does not repay itself."""
+
+
 class Experts(nn.Module):
     """Token-choice mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) without capacity: tokens are sorted by
     expert and multiplied group by group (MegaBlocks: Gale et al. 2022, arXiv 2211.15841).
@@ -59,9 +63,12 @@ class Experts(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits_NE = F.linear(x_ND.to(wide), self.router_ED.to(wide))
         scores_NE, weights_NK, experts_NK = choose(logits_NE, self.bias_E, model.top_k, model.router, model.renormalize)
+        up = self.gate_up_E2FD.flatten(1, 2) if model.feed_forward in GATED else self.up_EFD
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and experts_NK.numel() <= FEW_CHOICES:
+            y_ND = self._few(x_ND, up, weights_NK, experts_NK)
+            return (y_ND + self._shared(x_ND) if model.shared_expert_hidden else y_ND).view(x.shape), None
         tile = tile_rows(experts_NK.numel(), model.experts)
         weights_R, tokens_R, rows_NK, ends_E = arrange(weights_NK, experts_NK, model.experts, tile)
-        up = self.gate_up_E2FD.flatten(1, 2) if model.feed_forward in GATED else self.up_EFD
         inner = grouped_linear(Dispatch.apply(x_ND, tokens_R, rows_NK), up, ends_E)
         # Weighted here, where a pass over the rows is made anyhow.
         inner_RF = (activate(inner, model.feed_forward) * weights_R[:, None]).to(x.dtype)
@@ -74,6 +81,17 @@ class Experts(nn.Module):
             real_N = None if real is None else real.flatten()
             record = auxiliary(logits_NE, scores_NE, experts_NK, real_N, balance, model.router_z_loss)
         return y_ND.view(x.shape), record
+
+    def _few(self, x_ND: Tensor, up_EFD: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        """For decoding on a CPU: each choice by itself, without sorting."""
+        rows = []
+        for x_D, weights, chosen in zip(x_ND, weights_NK.tolist(), experts_NK.tolist(), strict=True):
+            y_D = torch.zeros_like(x_D, dtype=torch.float32)
+            for weight, expert in zip(weights, chosen, strict=True):
+                inner_F = activate(torch.mv(up_EFD[expert], x_D), self.model.feed_forward)
+                y_D.add_(torch.mv(self.down_EDF[expert], inner_F), alpha=weight)
+            rows.append(y_D)
+        return torch.stack(rows).to(x_ND.dtype)
 
     def _shared(self, x_ND: Tensor) -> Tensor:
         up = self.shared_gate_up_2FD.flatten(0, 1) if self.model.feed_forward in GATED else self.shared_up_FD
