@@ -28,7 +28,8 @@ def paired_comparison(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """BCa interval of the mean difference (of few clusters Student's t), with the p-value of `paired_permutation` on the same clusters.
+    """BCa interval of the mean difference (of few clusters Student's t), with the p-value of `paired_permutation` on
+    the same clusters.
 
     Args:
         a, b: (N,) scores of two systems on the same items, in the same order; 0 and 1 for wrong and right.
