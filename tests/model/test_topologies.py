@@ -249,8 +249,8 @@ def test_an_encoder_decoder_of_n_parameters_costs_a_decoder_of_half(keys, hidden
     assert of_both == matrices * 96
 
 
-def learnt_scales(model: schema.Model, optimizer: str = "muon", steps: int = 4) -> dict[str, float]:
-    """What blocks add to the stream and what the head gives, after some steps on one batch."""
+def learnt_scales(model: schema.Model, optimizer: str, steps: int = 4) -> dict[str, float]:
+    """What blocks add to the stream, what positions add to scores and the head gives, after some steps on one batch."""
     rates = {"muon": 0.02, "adamw": 0.01}
     settings = schema.Optimizer(name=optimizer, learning_rate=rates[optimizer], base_width=64)
     decoder = initialised(model)
@@ -279,22 +279,27 @@ def learnt_scales(model: schema.Model, optimizer: str = "muon", steps: int = 4) 
     states = decoder.hidden_states(tokens, **arguments)
     for hook in hooks:
         hook.remove()
+    if decoder.relative_bias_HR is not None:
+        found["positions"] = float(decoder.relative_bias_HR.detach().square().mean().sqrt())
     found["logits"] = float(decoder.logits(states).detach().square().mean().sqrt())
     return found
 
 
 @pytest.mark.parametrize(
-    "topology, placement, positions",
+    "topology, placement, positions, optimizer",
     [
-        ("encoder-decoder", "pre", "rope"), ("encoder-decoder", "sandwich", "t5"),
-        ("decoder", "post", "rope"), ("decoder", "sandwich", "rope"),
+        ("encoder-decoder", "pre", "rope", "muon"), ("encoder-decoder", "sandwich", "t5", "muon"),
+        ("decoder", "post", "rope", "muon"), ("decoder", "sandwich", "rope", "muon"),
+        ("decoder", "pre", "t5", "adamw"),
     ],
 )  # fmt: skip
-def test_activations_are_flat_from_width_64_to_512(topology, placement, positions):
+def test_activations_are_flat_from_width_64_to_512(topology, placement, positions, optimizer):
     """The coordinate check (Yang et al., arXiv 2203.03466, appendix D.1) past the causal decoder's own."""
     keys = {"norm_placement": placement, "positions": positions}
     found = [
-        learnt_scales(config(topology, width=width, hidden=width, heads=width // 32, kv_heads=width // 32, **keys))
+        learnt_scales(
+            config(topology, width=width, hidden=width, heads=width // 32, kv_heads=width // 32, **keys), optimizer
+        )
         for width in (64, 512)
     ]
     for name in found[0]:

@@ -194,7 +194,7 @@ class Optimizer:
     head_learning_rate: float = 0.0
     """Peak learning rate of the head at `base_width`; 0 as above."""
     vector_learning_rate: float = 0.0
-    """Peak learning rate of gains; 0 as above."""
+    """Peak learning rate of gains and of T5's tables of positions; 0 as above."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the blocks' matrices; nothing else decays."""
     momentum: float = 0.95

@@ -8,7 +8,8 @@ rate already holds at every width.
 from .schema import Recipe
 
 GROUPS = ("matrix", "embedding", "head", "vector")
-"""Matrices of the blocks; the embedding; the head; gains. A tied matrix belongs to `embedding`, at the head's rate."""
+"""Matrices of the blocks; the embedding; the head; gains and T5's tables of positions. A tied matrix belongs to
+`embedding`, at the head's rate."""
 
 # Relation of each group's rate at `base_width` to `optimizer.learning_rate`, where the recipe does not write one.
 # Muon's rate is the spectral size of an update, AdamW's the size of each entry: hence the distance.

@@ -69,7 +69,8 @@ def group_of(name: str) -> str:
         return "embedding"
     if kind == "separate_head_VD":
         return "head"
-    return "vector" if kind.endswith(("norm_D", "norm_C")) else "matrix"
+    # A table of positions adds to scores as it is: its rate must not fall with the width, as that of a matrix.
+    return "vector" if kind.endswith(("norm_D", "norm_C", "relative_bias_HR")) else "matrix"
 
 
 def make_slots(model: nn.Module, masters: Mapping[str, Tensor]) -> list[Slot]:
