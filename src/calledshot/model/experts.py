@@ -25,7 +25,6 @@ from calledshot.model.grouped import grouped_linear
 from calledshot.model.routing import Auxiliary, Combine, Dispatch, arrange, auxiliary, choose, tile_rows
 from calledshot.recipe.derived import GATED, Shape
 
-
 FEW_CHOICES = 16
 """Choices of experts in a pass without gradients up to which sorting does not repay itself."""
 

@@ -67,9 +67,10 @@ def auxiliary(
     N, E = logits_NE.shape
     K = experts_NK.size(1)
     real = torch.ones(N, device=logits_NE.device) if real_N is None else real_N.float()
-    share_N = real / real.sum().clamp(min=1.0)
-    choices = share_N[:, None].expand(N, K).flatten()
-    chosen_E = torch.zeros(E, device=logits_NE.device).scatter_add(0, experts_NK.flatten(), choices)
+    tokens = real.sum().clamp(min=1.0)
+    counts_E = torch.zeros(E, device=logits_NE.device)
+    counts_E = counts_E.scatter_add(0, experts_NK.flatten(), real[:, None].expand(N, K).flatten())
+    chosen_E, share_N = counts_E / tokens, real / tokens
     probability_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
     loss = z_loss * (logits_NE.logsumexp(-1).square() * share_N).sum()
     if balance:
@@ -78,10 +79,10 @@ def auxiliary(
 
 
 def tile_rows(choices: int, experts: int) -> int:
-    """Rows that an expert's share is padded to a multiple of: a power of two, a sixteenth of the mean share or less, so
-    that padding is about 3 % of an even load.
+    """Rows that an expert's share is padded to a multiple of: a power of two, a 32nd of the mean share or less, so that
+    padding is less than 2 % of an even load, and a few dozen numbers of rows are met.
     """
-    return min(LARGEST_TILE, 1 << max(0, (choices // (16 * experts)).bit_length() - 1))
+    return min(LARGEST_TILE, 1 << max(0, (choices // (32 * experts)).bit_length() - 1))
 
 
 def _rows(choices: int, experts: int, tile: int) -> int:
