@@ -103,6 +103,11 @@ def randomise(decoder: Decoder) -> None:
 
 
 @pytest.fixture(scope="session")
+def random_weights() -> Callable[[Decoder], None]:
+    return randomise
+
+
+@pytest.fixture(scope="session")
 def random_run(make_run) -> RunDirectory:
     """Every weight random."""
     return make_run("random", randomise)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from calledshot.evals import evaluate
 from calledshot.recipe import UsageError
 from calledshot.training import load_model
-from conftest import randomise
 
 MODELS = (
     ("decoder", "causal"),
@@ -22,8 +21,8 @@ MODELS = (
 
 
 @pytest.fixture(scope="module")
-def runs(make_run):
-    return {pair: make_run(f"{pair[0]}-{pair[1]}", randomise, *pair) for pair in MODELS}
+def runs(make_run, random_weights):
+    return {pair: make_run(f"{pair[0]}-{pair[1]}", random_weights, *pair) for pair in MODELS}
 
 
 def test_every_model_is_asked_for_the_same_bytes(runs):
