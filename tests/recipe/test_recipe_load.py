@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calledshot.data.tokenizer import SMALLEST
 from calledshot.recipe import UsageError, load_recipe, presets, problems, to_toml
+from calledshot.recipe.check import LEAST_VOCABULARY
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -299,3 +301,9 @@ def test_whatever_is_in_a_file_is_a_recipe_or_one_line(tmp_path_factory, content
         load_recipe(str(path))
     except UsageError as error:
         assert "any.toml" in str(error)
+
+
+def test_a_vocabulary_below_bytes_and_special_tokens_is_refused():
+    assert LEAST_VOCABULARY == SMALLEST
+    with pytest.raises(UsageError, match=r"model\.vocabulary = 300 is too small.*525"):
+        load_recipe("demo", ["model.vocabulary=300"])

@@ -156,3 +156,10 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(lab: Path, train: Train, re
     assert (reference.path / "metrics.jsonl").read_bytes() == metrics
     ended = shot(lab, "resume", "reference")
     assert ended.code == 0 and "is done" in ended.complaint
+
+
+def test_a_fork_into_a_model_without_place_for_the_weights_is_refused(train: Train, reference: RunDirectory) -> None:
+    run, ended = train("fork-smaller", "model.qk_norm=false", *FROM)
+    assert ended.code == 2
+    assert "that the recipe's model has no place for" in ended.said
+    assert not run.path.exists()

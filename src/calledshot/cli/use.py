@@ -74,7 +74,7 @@ def generate(
     start = time.perf_counter()
     written = write(
         loaded.model.packed(), tokenizer, requests, stop, show if streamed else lambda number, text: None,
-        banned=banned_tokens(loaded.recipe, tokenizer),
+        banned=banned_tokens(tokenizer),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     if json:
@@ -121,7 +121,7 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     loaded = load(run, dtype)
-    banned = banned_tokens(loaded.recipe, loaded.tokenizer)
+    banned = banned_tokens(loaded.tokenizer)
     conversation = Conversation(loaded.model.packed(), loaded.tokenizer, template, tokens, sampling, stop, banned)
     tell(f"{loaded.run.name} at step {loaded.step:,}, context {loaded.model.config.context:,} tokens")
     if template == "plain":
@@ -165,7 +165,7 @@ def serve(
             tell("This is a base model: the messages of a chat are joined as plain text, and it goes on with that.")
         engine = Engine(
             loaded.model, rows=concurrent, waiting=waiting,
-            vocabulary=loaded.tokenizer.size, banned=banned_tokens(loaded.recipe, loaded.tokenizer),
+            vocabulary=loaded.tokenizer.size, banned=banned_tokens(loaded.tokenizer),
         )  # fmt: skip
         name = f"{loaded.run.name}@{loaded.step}" if "@" in run else loaded.run.name
         limits = Limits(body, concurrent + waiting, tokens)

@@ -36,7 +36,7 @@ class Evaluation:
     run: RunDirectory
     step: int
     kind: str
-    """`held-out`, `train` or `text`."""
+    """`held-out`, `train` or `text`; with `-suffixes` or `-gaps` where only these were predicted."""
     dtype: str
     scored: dict[str, Scored]
     """By source."""
@@ -118,8 +118,9 @@ def evaluate(
     )
     references = {source: compressors(prepared, source, progress) for source in scored} if with_compressors else {}
     detail = "".join(f"-{re.sub(r'[^0-9A-Za-z_.]+', '_', part)}" for part in (*sources, str(tokens or "")) if part)
-    detail += "" if predict == "auto" else f"-{predict}"
-    return Evaluation(run, loaded.step, split, dtype, scored, detail, references)
+    asked = ("whole" if loaded.model.encoder is None else "suffixes") if predict == "auto" else predict
+    kind = split if asked == "whole" else f"{split}-{asked}"
+    return Evaluation(run, loaded.step, kind, dtype, scored, detail, references)
 
 
 def trained_dtype(run: RunDirectory, device: str) -> str:
@@ -135,4 +136,5 @@ def compare(a: Scored, b: Scored) -> Comparison | None:
     if not (a.lossless and b.lossless) or a.names != b.names or not np.array_equal(a.bytes, b.bytes):
         return None
     bits_a, bits_b = (one.nats / np.log(2) / one.bytes for one in (a, b))
-    return paired_comparison(bits_a, bits_b, weights=a.bytes)
+    clusters = a.names if len(set(a.names)) < len(a.names) else None
+    return paired_comparison(bits_a, bits_b, weights=a.bytes, clusters=clusters)

@@ -95,8 +95,12 @@ class Scored:
         """All documents, or those of one language."""
         mine = np.array([language in (None, one) for one in self.languages])
         nats, tokens, size = self.nats[mine], self.tokens[mine], self.bytes[mine]
-        bits = _ratio(nats / math.log(2), size) if self.lossless else Interval(math.nan, -math.inf, math.inf)
-        return Measure(int(mine.sum()), int(tokens.sum()), int(size.sum()), _ratio(nats, tokens), bits)
+        names = [name for name, one in zip(self.names, mine, strict=True) if one]
+        bits = Interval(math.nan, -math.inf, math.inf)
+        if self.lossless:
+            bits = _ratio(nats / math.log(2), size, names)
+        loss = _ratio(nats, tokens, names)
+        return Measure(len(set(names)), int(tokens.sum()), int(size.sum()), loss, bits)
 
     def by_language(self) -> dict[str, Measure]:
         """A measure for each language, most bytes first; {} where there is only one."""
@@ -215,8 +219,8 @@ def _rows(model: Decoder) -> int:
     return max(1, BATCH_TOKENS.get(model.embedding_VD.device.type, 65_536) // model.config.context)
 
 
-def _ratio(amounts: np.ndarray, sizes: np.ndarray) -> Interval:
+def _ratio(amounts: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> Interval:
     """Sum over sum, with its interval over documents; what it costs to predict text is never below 0."""
     interval = bootstrap_interval if len(sizes) <= BOOTSTRAP_DOCUMENTS else mean_interval
-    found = interval(amounts / sizes, weights=sizes)
+    found = interval(amounts / sizes, weights=sizes, clusters=names if len(set(names)) < len(names) else None)
     return found if math.isinf(found.low) else replace(found, low=max(found.low, 0.0))

@@ -142,8 +142,21 @@ class Analysis:
         }
 
 
+def comparable(suite: Suite, runs: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes, without the loss of runs that were measured on other text than the baseline at their size."""
+    measured = {
+        size.name: {one.bytes_evaluated for one in runs if (one.arm, one.size) == (suite.baseline, size.name)} - {None}
+        for size in suite.sizes
+    }
+    return [
+        replace(one, loss=None) if measured[one.size] and one.bytes_evaluated not in measured[one.size] else one
+        for one in runs
+    ]
+
+
 def analyse(suite: Suite, runs: Sequence[Outcome]) -> Analysis:
     """The analysis of every outcome of a suite; unfinished runs count for nothing but stability."""
+    runs = comparable(suite, runs)
     steady = stability(runs)
     groups = grouped(runs, lambda one: one.loss)
     noise = {size.name: noise_at(size.name, groups, steady) for size in suite.sizes}

@@ -282,7 +282,10 @@ def notes(plan: Plan, runs: Sequence[Outcome], analysis: Analysis) -> list[str]:
     for size in plan.suite.sizes:
         sizes = {one.bytes_evaluated for one in runs if one.size == size.name and one.counts}
         if len(sizes) > 1:
-            found.append(f"{size.name}: not all runs were measured on the same held-out text.")
+            found.append(
+                f"{size.name}: arms that were measured on other held-out text than the baseline have no "
+                "verdict; name an evaluation that asks all for the same as the suite's `judge`."
+            )
         machines = {
             tuple(one.machine.get(key) for key in ("device", "dtype", "compile", "threads"))
             for one in runs

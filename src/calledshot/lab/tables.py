@@ -66,7 +66,7 @@ def results(views: Sequence[View]) -> list[Result]:
     for source in dict.fromkeys(source for view in views for source in view.sources):
         entries: list[tuple[str, float, float | None, int | None, str]] = []
         notes: list[str] = []
-        per_token = set()
+        per_token, predicted = set(), set()
         for place, view in enumerate(views):
             row, origin = view.final(source)
             bits = finite(row.get("bits_per_byte"))
@@ -77,9 +77,17 @@ def results(views: Sequence[View]) -> list[Result]:
             entries.append((view.name, bits, finite(row.get("loss")), place, detail))
             if (density := finite(row.get("bytes_per_token"))) is not None:
                 per_token.add(figures.significant(density))
+            predicted.add(row.get("predicted") or "whole")
             if (evaluated := finite(row.get("bytes_evaluated"))) is not None and origin.startswith("validation"):
                 notes.append(f"{view.name}: from the first {figures.size(evaluated)} of the held-out text only.")
-        if len(per_token) == 1:
+        if predicted == {"suffixes"}:
+            notes.append("Of each piece the part after a prefix: not comparable with whole documents.")
+        elif len(predicted) > 1:
+            notes.append(
+                "Some runs predict whole documents and others, with an encoder, their suffixes: these numbers do not "
+                "compare; `shot eval --predict suffixes` asks all for the same."
+            )
+        elif len(per_token) == 1:
             notes.append(f"{per_token.pop()} bytes per token.")
         elif per_token:
             notes.append("The runs cut this text into tokens differently: compare bits per byte, not loss.")

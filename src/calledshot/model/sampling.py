@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from calledshot.data import Tokenizer
-from calledshot.recipe import Recipe, UsageError
-from calledshot.recipe.objectives import denoisers
+from calledshot.recipe import UsageError
 
 WINDOW = 128
 """Entries that are sorted first: they hold the whole of most truncated distributions, and sorting all 8,192 of a
@@ -57,12 +56,11 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-def banned_tokens(recipe: Recipe, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that a model of `recipe` is not to write: the special ones but the end, and but the sentinels where it was
-    taught to write them. It has hardly seen them, so that a young one gives each of some 270 as much as any rare token.
+def banned_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that a model is not to write when text goes on: the special ones but the end. A young model has hardly seen
+    them, and gives each of some 270 as much as any rare token; one that learned to fill gaps would open another.
     """
-    spans = any(task.kind == "span" for task in denoisers(recipe.objective))
-    return tokenizer.reserved - frozenset(tokenizer.sentinels if spans else ())
+    return tokenizer.reserved
 
 
 def choose(logits_BV: Tensor, rules: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:

@@ -49,6 +49,8 @@ CHOICES = {
 }
 FORMATS = ("auto", "text", "jsonl", "parquet")
 LARGEST_SEED = 2**63
+LEAST_VOCABULARY = 525
+"""256 bytes and what every tokenizer reserves (`data.tokenizer.SMALLEST`)."""
 MOST_THREADS = 1024
 MOST_LAYERS = 10_000
 """More than any machine has use for; far more make torch crash."""
@@ -121,6 +123,11 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
     if model.experts:
         yield from expert_problems(model)
     yield from export_problems(model)
+    if tokenizer == "bpe" and 0 < model.vocabulary < LEAST_VOCABULARY:
+        yield (
+            f"model.vocabulary = {model.vocabulary} is too small: bytes and special tokens take {LEAST_VOCABULARY}, so "
+            f"set at least {LEAST_VOCABULARY}"
+        )
     if tokenizer == "bpe" and not model.vocabulary:
         yield "model.vocabulary = 0 needs a tokenizer that exists: set its size, or data.tokenizer to a tokenizer.json"
 

@@ -37,6 +37,7 @@ def evaluate(model: Decoder, held_out: HeldOut, tokens: int, stop: Stop, micro_r
                 "tokens_evaluated": score.tokens,
                 "bytes_evaluated": score.bytes,
                 "documents": score.documents,
+                "predicted": "suffixes" if held_out.asking.suffixes else "whole",
                 "whole": selection.tokens == held_out.select(source, 0).tokens,
             }
         )
@@ -52,6 +53,6 @@ def write_samples(model: Decoder, tokenizer: Tokenizer, recipe: Recipe, run: Run
             -(recipe.model.context - 4) :
         ]  # room for a mode token and a gap
         requests.append(Request(tuple(ids), recipe.evals.sample_tokens, sampling, frozenset({tokenizer.end})))
-    completions = generate(model, requests, vocabulary=tokenizer.size, banned=banned_tokens(recipe, tokenizer))
+    completions = generate(model, requests, vocabulary=tokenizer.size, banned=banned_tokens(tokenizer))
     for prompt, made in zip(recipe.evals.prompts, completions, strict=True):
         run.writer("samples").append({"step": step, "prompt": prompt, "text": tokenizer.decode(made.tokens)})

@@ -112,4 +112,10 @@ def copy_into(masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path
                 f"{path}: holds {found} for {name} where the recipe's model has {tuple(master.shape)}; "
                 "fork with the model section of the run it comes from"
             )
+    if unknown := sorted(set(tensors) - set(masters)):
+        raise UsageError(
+            f"{path}: holds {unknown[0]} and {len(unknown) - 1} more that the recipe's model has no place for; "
+            "fork with the model section of the run it comes from"
+        )
+    for name, master in masters.items():
         master.copy_(tensors[name])
