@@ -163,3 +163,9 @@ def test_a_fork_into_a_model_without_place_for_the_weights_is_refused(train: Tra
     assert ended.code == 2
     assert "that the recipe's model has no place for" in ended.said
     assert not run.path.exists()
+
+
+def test_a_fork_says_when_weights_will_mean_something_else(train: Train, reference: RunDirectory) -> None:
+    _, ended = train("fork-geglu", "model.feed_forward=geglu", "duration.tokens=5120", *FROM)
+    assert ended.code == 0, ended.said
+    assert "was trained with another model.feed_forward" in ended.said

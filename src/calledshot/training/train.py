@@ -25,6 +25,8 @@ from calledshot.training.trainer import Trainer
 
 LONGEST_NAME = 128
 """Bytes of a run's name: half of what file systems take, so that files can be called after it."""
+MEANING = ("feed_forward", "positions", "norm", "norm_placement", "router", "renormalize", "softcap", "top_k")
+"""Keys of the model that leave the shapes of the weights and change what they compute."""
 HOUSE = Path(__file__).resolve().parent.parent
 """The code that runs."""
 
@@ -63,6 +65,13 @@ def train(
     parent = None
     if origin:
         parent = _parent(origin, lab)
+        theirs = run_recipe(parent[0]).model
+        if changed := [key for key in MEANING if getattr(theirs, key) != getattr(recipe.model, key)]:
+            print(
+                f"shot: warning: {parent[0].name} was trained with another model.{', model.'.join(changed)}: its "
+                "weights are taken all the same, and compute something else here",
+                file=sys.stderr,
+            )
         recipe = _with_tokenizer_of(parent[0], recipe, lab)
         fresh_optimizer = fresh_optimizer or run_recipe(parent[0]).optimizer.name != recipe.optimizer.name
     with Stop() as stop:
