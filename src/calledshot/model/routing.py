@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -135,8 +136,10 @@ arrange.register_autograd(_weight_gradient, setup_context=_keep_rows)
 
 
 def _gather(y_RD: Tensor, rows_NK: Tensor) -> Tensor:
-    """Sum of each token's rows, (N, D), added up in float32 at least."""
-    return y_RD[rows_NK].sum(1, dtype=torch.promote_types(y_RD.dtype, torch.float32)).to(y_RD.dtype)
+    """Sum of each token's rows, (N, D), added up in float32 at least. Indexing and a sum, which `torch.compile` does
+    not vectorise from 8 rows a token on, took up to sixty times as long on a CPU.
+    """
+    return F.embedding_bag(rows_NK, y_RD, mode="sum")
 
 
 class Dispatch(Function):
@@ -145,7 +148,7 @@ class Dispatch(Function):
     @staticmethod
     def forward(ctx, x_ND, tokens_R, rows_NK):
         ctx.save_for_backward(rows_NK)
-        return x_ND[tokens_R]
+        return x_ND.index_select(0, tokens_R)
 
     @staticmethod
     def backward(ctx, g_RD):
@@ -164,4 +167,4 @@ class Combine(Function):
     @staticmethod
     def backward(ctx, g_ND):
         (tokens_R,) = ctx.saved_tensors
-        return g_ND[tokens_R], None, None
+        return g_ND.index_select(0, tokens_R), None, None
