@@ -64,6 +64,7 @@ class Block(nn.Module):
         super().__init__()
         D, K, C, hidden = stack.width, stack.kv_heads, model.head_width, stack.hidden
         self.model, self.groups, self.epsilon = model, stack.heads // K, model.norm_epsilon
+        self.kv_heads, self.head_width = K, C
         self.packed: dict[str, Tensor] | None = None
         sandwich = model.norm_placement == "sandwich"
 
@@ -130,9 +131,8 @@ class Block(nn.Module):
         self, h_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, seen: Seen | None, cache: LayerCache | None
     ) -> Tensor:
         B, T, _ = h_BTD.shape
-        K, X, C, _ = self.qkv_KXCD.shape
-        qkv_BTKXC = self._linear(h_BTD, "qkv_KXCD").view(B, T, K, X, C)
-        q, k, v = qkv_BTKXC.split((self.groups, 1, 1), dim=3)
+        qkv = self._linear(h_BTD, "qkv_KXCD")
+        q, k, v = qkv.view(B, T, self.kv_heads, -1, self.head_width).split((self.groups, 1, 1), dim=3)
         k, v = k.squeeze(3), v.squeeze(3)
         if self.query_norm_C is not None and self.key_norm_C is not None:
             q = normalize(q, self.query_norm_C, self.epsilon, "rmsnorm")
@@ -152,8 +152,7 @@ class Block(nn.Module):
 
     def _cross_attention(self, h_BTD: Tensor, crossing: Crossing) -> Tensor:
         B, T, _ = h_BTD.shape
-        K, G, C, _ = self.cross_query_KGCD.shape
-        q = self._linear(h_BTD, "cross_query_KGCD").view(B, T, K, G, C)
+        q = self._linear(h_BTD, "cross_query_KGCD").view(B, T, self.kv_heads, self.groups, self.head_width)
         if self.cross_query_norm_C is not None:
             q = normalize(q, self.cross_query_norm_C, self.epsilon, "rmsnorm")
         if crossing.bias_BTS is not None:
@@ -167,9 +166,8 @@ class Block(nn.Module):
 
     def cross_keys_values(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, K, C) of what the encoder gave."""
-        K, _, C, _ = self.cross_key_value_K2CD.shape
-        kv_BSK2C = self._linear(encoded_BSD, "cross_key_value_K2CD").view(*encoded_BSD.shape[:2], K, 2, C)
-        k, v = kv_BSK2C.unbind(3)
+        kv = self._linear(encoded_BSD, "cross_key_value_K2CD")
+        k, v = kv.view(*encoded_BSD.shape[:2], self.kv_heads, 2, self.head_width).unbind(3)
         if self.cross_key_norm_C is not None:
             k = normalize(k, self.cross_key_norm_C, self.epsilon, "rmsnorm")
         return k, v
@@ -180,7 +178,7 @@ class Block(nn.Module):
         return self._linear(activate(self._linear(h_BTD, first), kind), "down_DF"), None
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        """`x` by a parameter, whose axes before the last are its rows."""
+        """`x` by a parameter, whose axes before the last are its rows; a sharded one may come as (rows, last axis)."""
         if self.packed is not None:
             return packed_linear(x, self.packed[name])
         weight = getattr(self, name)

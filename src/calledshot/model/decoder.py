@@ -8,7 +8,7 @@ Parameters are stored so that the last two axes are always one matrix and the ax
 
 | parameter | shape | initialised |
 |---|---|---|
-| embedding_VD | (V, D) | normal, 1 (tied: D ** -0.75) |
+| embedding_VD | (V, D) | normal, 1 (where it is the head too: D ** -0.75) |
 | blocks.N.qkv_KXCD | (K, G + 2, C, D) | normal, 1 / sqrt(D); per key head its G query heads, then key, then value |
 | blocks.N.out_DHC | (D, H * C) | zero |
 | blocks.N.cross_query_KGCD, cross_key_value_K2CD | (K, G, C, D), (K, 2, C, S's D) | normal, 1 / sqrt(last axis) |
@@ -29,6 +29,7 @@ ends at about twice the embedding's variance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -183,6 +184,8 @@ class Decoder(nn.Module):
         self.blocked_attention = True
         """Whether the CPU takes the path for compiled blocks."""
         self.compiled = False
+        self.hooked = False
+        """Whether something hangs on the calls of blocks (FSDP gathers their parameters) that none may go around."""
         self.packed_head: Tensor | None = None
 
     @property
@@ -199,23 +202,31 @@ class Decoder(nn.Module):
         """Fill all parameters in place, in float32, from one generator on their device (table at the top of the
         file).
         """
+        for name, parameter in self.named_parameters():
+            self.initial(name, parameter, generator)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @torch.no_grad()
+    def initial(self, name: str, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill one parameter in place, given whole. In the order of `named_parameters`, one after another from one
+        generator, all become what `initialise` makes of them, whoever keeps which part.
+        """
         sandwich = self.config.norm_placement == "sandwich"
         own = self.config.layers * (2 if self.encoder is None else 3)
         branches = {"blocks": own, "encoder": 2 * self.derived.encoder_layers}
-        for name, parameter in self.named_parameters():
-            kind = name.rpartition(".")[2]
-            if kind == "embedding_VD":
-                scale = self.config.width**-0.75 if self.config.tied_embeddings else 1.0
-                parameter.normal_(0.0, scale, generator=generator)
-            elif kind in ("separate_head_VD", "relative_bias_HR") or (kind in ENDS and not sandwich):
-                parameter.zero_()
-            elif kind.endswith(("norm_D", "norm_C")):
-                post = kind.endswith("post_norm_D")
-                parameter.fill_(branches[name.partition(".")[0]] ** -0.5 if post else 1.0)
-            else:
-                parameter.normal_(0.0, parameter.size(-1) ** -0.5, generator=generator)
-        for buffer in self.buffers():
-            buffer.zero_()
+        kind = name.rpartition(".")[2]
+        if kind == "embedding_VD":
+            # An encoder of another width has a table of its own, which is no head either.
+            is_head = self.config.tied_embeddings and name == kind
+            whole.normal_(0.0, self.config.width**-0.75 if is_head else 1.0, generator=generator)
+        elif kind in ("separate_head_VD", "relative_bias_HR") or (kind in ENDS and not sandwich):
+            whole.zero_()
+        elif kind.endswith(("norm_D", "norm_C")):
+            post = kind.endswith("post_norm_D")
+            whole.fill_(branches[name.partition(".")[0]] ** -0.5 if post else 1.0)
+        else:
+            whole.normal_(0.0, whole.size(-1) ** -0.5, generator=generator)
 
     def compile_blocks(self) -> None:
         """Compile each block (one graph serves all of a stack) and the loss. Whole-model compilation took 58 to 115 s
@@ -234,11 +245,14 @@ class Decoder(nn.Module):
         cos, sin = self._rotary(positions_BT)
         for block in blocks:
             # Compiled code is for training: without gradients each new shape would be compiled once more.
-            run = block if torch.is_grad_enabled() else block.forward
+            run = block if torch.is_grad_enabled() else self._uncompiled(block)
             x_BTD, record = run(x_BTD, cos, sin, seen, crossing, None, real_BT)
             if record is not None:
                 self.records.append(record)
         return x_BTD
+
+    def _uncompiled(self, block: nn.Module) -> Callable[..., tuple[Tensor, Auxiliary | None]]:
+        return block._call_impl if self.hooked else block.forward
 
     def _rotary(self, positions_BT: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.config.positions != "rope":
@@ -355,7 +369,7 @@ class Decoder(nn.Module):
             if self.encoder is not None:
                 cross = cache.cross_keys[number], cache.cross_values[number]
                 crossing = Crossing(None, None, *cross, cross_bias_B1S)
-            x_BTD, _ = block.forward(x_BTD, cos, sin, seen, crossing, layer)
+            x_BTD, _ = self._uncompiled(block)(x_BTD, cos, sin, seen, crossing, layer)
         return self._normalized(x_BTD, self.final_norm_D)
 
     def _keep_encoded(self, inputs: EncoderInputs, cache: Cache, bias_B1S: Tensor) -> None:

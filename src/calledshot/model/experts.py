@@ -37,7 +37,7 @@ class Experts(nn.Module):
     def __init__(self, model: Shape, width: int) -> None:
         super().__init__()
         E, hidden, shared = model.experts, model.expert_hidden, model.shared_expert_hidden
-        self.model = model
+        self.model, self.width = model, width
         gated = model.feed_forward in GATED
         self.router_ED = nn.Parameter(torch.empty(E, width))
         if gated:
@@ -62,16 +62,18 @@ class Experts(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits_NE = F.linear(x_ND.to(wide), self.router_ED.to(wide))
         scores_NE, weights_NK, experts_NK = choose(logits_NE, self.bias_E, model.top_k, model.router, model.renormalize)
-        up = self.gate_up_E2FD.flatten(1, 2) if model.feed_forward in GATED else self.up_EFD
+        # From static sizes: a sharded parameter may come as (rows, last axis).
+        up = self.gate_up_E2FD if model.feed_forward in GATED else self.up_EFD
+        up_EFD, down_EDF = up.view(model.experts, -1, self.width), self.down_EDF.view(model.experts, self.width, -1)
         if not torch.is_grad_enabled() and x.device.type == "cpu" and experts_NK.numel() <= FEW_CHOICES:
-            y_ND = self._few(x_ND, up, weights_NK, experts_NK)
+            y_ND = self._few(x_ND, up_EFD, down_EDF, weights_NK, experts_NK)
             return (y_ND + self._shared(x_ND) if model.shared_expert_hidden else y_ND).view(x.shape), None
         tile = tile_rows(experts_NK.numel(), model.experts)
         weights_R, tokens_R, rows_NK, ends_E = arrange(weights_NK, experts_NK, model.experts, tile)
-        inner = grouped_linear(Dispatch.apply(x_ND, tokens_R, rows_NK), up, ends_E)
+        inner = grouped_linear(Dispatch.apply(x_ND, tokens_R, rows_NK), up_EFD, ends_E)
         # Weighted here, where a pass over the rows is made anyhow.
         inner_RF = (activate(inner, model.feed_forward) * weights_R[:, None]).to(x.dtype)
-        y_ND = Combine.apply(grouped_linear(inner_RF, self.down_EDF, ends_E), tokens_R, rows_NK)
+        y_ND = Combine.apply(grouped_linear(inner_RF, down_EDF, ends_E), tokens_R, rows_NK)
         if model.shared_expert_hidden:
             y_ND = y_ND + self._shared(x_ND)
         record = None
@@ -81,20 +83,20 @@ class Experts(nn.Module):
             record = auxiliary(logits_NE, scores_NE, experts_NK, real_N, balance, model.router_z_loss)
         return y_ND.view(x.shape), record
 
-    def _few(self, x_ND: Tensor, up_EFD: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+    def _few(self, x_ND: Tensor, up_EFD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         """For decoding on a CPU: each choice by itself, without sorting."""
         rows = []
         for x_D, weights, chosen in zip(x_ND, weights_NK.tolist(), experts_NK.tolist(), strict=True):
             y_D = torch.zeros_like(x_D, dtype=torch.float32)
             for weight, expert in zip(weights, chosen, strict=True):
                 inner_F = activate(torch.mv(up_EFD[expert], x_D), self.model.feed_forward)
-                y_D.add_(torch.mv(self.down_EDF[expert], inner_F), alpha=weight)
+                y_D.add_(torch.mv(down_EDF[expert], inner_F), alpha=weight)
             rows.append(y_D)
         return torch.stack(rows).to(x_ND.dtype)
 
     def _shared(self, x_ND: Tensor) -> Tensor:
-        up = self.shared_gate_up_2FD.flatten(0, 1) if self.model.feed_forward in GATED else self.shared_up_FD
-        return F.linear(activate(F.linear(x_ND, up), self.model.feed_forward), self.shared_down_DF)
+        up = self.shared_gate_up_2FD if self.model.feed_forward in GATED else self.shared_up_FD
+        return F.linear(activate(F.linear(x_ND, up.view(-1, self.width)), self.model.feed_forward), self.shared_down_DF)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
