@@ -55,6 +55,8 @@ def test_both_styles_of_override(tokens):
         ("duration.minutes=1d", "duration", "minutes", 1440.0),
         ("duration.minutes=10min", "duration", "minutes", 10.0),
         ("checkpoint.every_minutes=2h", "checkpoint", "every_minutes", 120.0),
+        ("checkpoint.keep_bytes=2GiB", "checkpoint", "keep_bytes", 2**31),
+        ("checkpoint.keep_bytes=0", "checkpoint", "keep_bytes", 0),
         ("schedule.decay=45%", "schedule", "decay", 0.45),
         ("data.held_out=1%", "data", "held_out", 0.01),
         ("model.vocabulary=8k", "model", "vocabulary", 8000),

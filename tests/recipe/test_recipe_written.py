@@ -47,7 +47,10 @@ schedule.kind schedule.warmup schedule.decay schedule.final
 batch.tokens
 duration.tokens duration.flops duration.minutes
 parallel.micro_tokens parallel.dtype parallel.compile parallel.threads
-checkpoint.every_steps checkpoint.every_minutes checkpoint.keep
+parallel.replicate parallel.shard parallel.tensor parallel.context parallel.expert
+parallel.activation_checkpointing parallel.float8
+checkpoint.every_steps checkpoint.every_minutes checkpoint.keep checkpoint.keep_every_steps checkpoint.keep_best
+checkpoint.keep_bytes checkpoint.asynchronous checkpoint.remote
 evals.every_steps evals.tokens evals.final_tokens evals.prompts evals.sample_tokens
 evals.norms_every_steps
 """

@@ -5,6 +5,7 @@ from .cost import Cost, Memory, cost, memory
 from .derived import Shape, shape, source_name, source_names
 from .errors import Requeue, RunError, ShotError, UsageError
 from .keys import Key, documented
+from .layout import Layout, layout
 from .load import Preset, load_recipe, presets
 from .schema import IDENTITY_EXCLUDES, Recipe
 from .transfer import optimizer_groups
@@ -14,6 +15,7 @@ __all__ = [
     "IDENTITY_EXCLUDES",
     "Cost",
     "Key",
+    "Layout",
     "Memory",
     "Preset",
     "Recipe",
@@ -28,6 +30,7 @@ __all__ = [
     "documented",
     "from_dict",
     "identity",
+    "layout",
     "load_recipe",
     "memory",
     "optimizer_groups",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from .derived import shape, source_names
 from .errors import UsageError
 from .export import export_problems
+from .layout import parallel_problems
 from .objectives import KINDS, objective_problems
 from .schema import Data, Model, Recipe
 
@@ -13,6 +14,7 @@ POSITIVE = {
     "model": ("layers", "width", "heads", "kv_heads", "context", "rope_base", "norm_epsilon", "top_k", "rope_factor"),
     "optimizer": ("learning_rate", "epsilon", "base_width"),
     "batch": ("tokens",),
+    "parallel": ("tensor", "context", "expert"),
     "evals": ("tokens", "sample_tokens"),
 }
 NOT_NEGATIVE = {
@@ -24,8 +26,8 @@ NOT_NEGATIVE = {
     "objective": ("z_loss",),
     "optimizer": ("embedding_learning_rate", "head_learning_rate", "vector_learning_rate", "weight_decay", "clip"),
     "duration": ("tokens", "flops", "minutes"),
-    "parallel": ("micro_tokens", "threads"),
-    "checkpoint": ("every_steps", "every_minutes", "keep"),
+    "parallel": ("micro_tokens", "threads", "replicate", "shard"),
+    "checkpoint": ("every_steps", "every_minutes", "keep", "keep_every_steps", "keep_best", "keep_bytes"),
     "evals": ("every_steps", "final_tokens", "norms_every_steps"),
 }
 SHARES = {"schedule": ("warmup", "decay", "final")}
@@ -46,6 +48,7 @@ CHOICES = {
     "schedule.kind": ("wsd", "cosine", "constant"),
     "parallel.dtype": ("auto", "bfloat16", "float32"),
     "parallel.compile": ("auto", "on", "off"),
+    "parallel.activation_checkpointing": ("none", "selective", "full"),
 }
 FORMATS = ("auto", "text", "jsonl", "parquet")
 LARGEST_SEED = 2**63
@@ -72,6 +75,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from model_problems(recipe.model, recipe.data.tokenizer)
     yield from objective_problems(recipe)
     yield from length_problems(recipe)
+    yield from parallel_problems(recipe)
 
 
 def ranges(recipe: Recipe) -> Iterator[str]:

@@ -26,8 +26,10 @@ LARGEST = 10**units.LARGEST_EXPONENT
 
 
 def scalar_parser(key: str, kind: type) -> Callable[[str], float]:
-    """How a number written as text is read, by its key: a time, FLOPs, a share or a count."""
+    """How a number written as text is read, by its key: bytes, a time, FLOPs, a share or a count."""
     leaf = key.rsplit(".", 1)[-1]
+    if leaf.endswith("bytes"):
+        return units.bytes_
     if kind is int:
         return units.whole
     if leaf.endswith("minutes"):

@@ -259,6 +259,23 @@ class Parallel:
     """`auto` (a probe decides), `on` or `off`: torch.compile of each block."""
     threads: int = 0
     """CPU threads; 0 takes the cores that this process may use."""
+    replicate: int = 0
+    """Copies of the weights; `replicate` × `shard` × `context` × `tensor` is the number of ranks. 0 takes what the
+    others leave."""
+    shard: int = 0
+    """Ranks that share one copy of the weights, gradients and optimizer state (FSDP, or HSDP where there are several
+    copies). 1 shares nothing; 0 takes as few as the memory of a rank needs, by arithmetic."""
+    tensor: int = 1
+    """Ranks that share every matrix, by heads and by columns of the feed-forward; they see the same tokens."""
+    context: int = 1
+    """Ranks that share the positions of each sequence."""
+    expert: int = 1
+    """Ranks that share the experts; divides `replicate` × `shard` × `context`."""
+    activation_checkpointing: str = "none"
+    """What the backward pass computes again instead of keeping it: `none`, `selective` (what is cheap: only the
+    products of attention and feed-forward are kept) or `full` (all but each block's input)."""
+    float8: bool = False
+    """The blocks' matmuls in float8; needs a CUDA GPU that has it, and torchao."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +288,18 @@ class Checkpoint:
     """Save when so long has passed since the last save; 0 saves only at the end."""
     keep: int = 2
     """Newest checkpoints kept, and one besides where all of them turned out damaged."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that this divides are kept besides; 0 keeps none for that."""
+    keep_best: int = 0
+    """So many checkpoints are kept besides that have the lowest held-out bits per byte."""
+    keep_bytes: int = 0
+    """Most bytes of all checkpoints together (`500GB`), above which the oldest of those kept besides go first; the
+    newest stays whatever its size. 0 sets no bound."""
+    asynchronous: bool = True
+    """A checkpoint is copied to host memory and written while the next steps go on."""
+    remote: str = ""
+    """Path or fsspec URL (`s3://BUCKET/FOLDER`) to which every checkpoint is copied in the background; empty copies
+    none."""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,11 @@ def whole(text: str) -> int:
 
 
 def bytes_(text: str) -> int:
-    """`80GiB`, `16GB`: bytes. The unit must be written, since a bare number or a `G` could mean either."""
+    """`80GiB`, `16GB`: bytes. The unit must be written, since a bare number or a `G` could mean either;
+    nothing is `0`."""
     number, unit = split(text, "bytes with a unit (80GB or 80GiB)")
+    if not number and not unit:
+        return 0
     if unit not in BYTES:
         raise ValueError(f"expected bytes with a unit, one of {', '.join(BYTES)}")
     return int(number * BYTES[unit])
