@@ -95,6 +95,11 @@ def test_the_clocks_own_noise_is_in_its_verdict():
     found = analyse(given("good"), shaky)
     assert found.effect("good", "S").verdict == BETTER
     assert found.by_seconds["good", "S"].effect.verdict == NOISE
+    # Measured by themselves, the speeds are alike, whatever the runs had beside them.
+    clocks = {"base": (100.0, 101.0), "good": (101.0, 100.0)}
+    quiet = analyse(given("good"), [replace(one, clocks=clocks[one.arm]) for one in shaky])
+    assert quiet.by_seconds["good", "S"].ratio == pytest.approx(1)
+    assert quiet.by_seconds["good", "S"].effect.verdict == BETTER
     alone = [one for one in shaky if one.seed == 0]
     assert analyse(given("good"), alone).by_seconds["good", "S"].effect.verdict == NONE
 

@@ -1,11 +1,14 @@
 """Running a suite, with a trainer that takes no time: all of it, again, beside each other, and interrupted."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +38,7 @@ def lines(path: Path) -> list[list[str]]:
 def test_everything_is_trained_measured_and_not_done_again(lab):
     asked = suite(*ARMS, more='evals = [{ name = "more", arguments = ["--more"] }]\n')
     said = []
-    ran = run_suite(asked, lab, parallel=4, tell=said.append, command=TRAINER)
+    ran = run_suite(asked, lab, parallel=4, speed=False, tell=said.append, command=TRAINER)
     assert ran.exit_code == 0
     assert [run.state() for run in runs(lab)] == ["done"] * 9
     assert len(lines(lab / "started")) == 9
@@ -51,15 +54,58 @@ def test_everything_is_trained_measured_and_not_done_again(lab):
     assert report.row("good", "S").decode == 102.0
 
     said.clear()
-    assert run_suite(asked, lab, tell=said.append, command=TRAINER).exit_code == 0
+    assert run_suite(asked, lab, speed=False, tell=said.append, command=TRAINER).exit_code == 0
     assert len(lines(lab / "started")) == 9
     assert len(said) == 1 and "9 runs, 9 of them done" in said[0]
+
+
+def test_speeds_are_measured_alone_in_turns_and_once(lab, monkeypatch):
+    monkeypatch.setattr("calledshot.experiment.running.machine.usable_cores", lambda: 8)
+    asked = suite(*ARMS, sizes=(("S", 64), ("M", 128)), seeds="[0, 1]")
+    run_suite(asked, lab, parallel=4, speed=False, command=TRAINER)
+    before = make_report(make_plan(asked, lab), lab)
+    assert before.clocks["S"].startswith("Speeds and seconds are those of the runs themselves")
+    for name in ("planted-good-S-s0", "planted-good-S-s1"):  # trained beside something that took half of the time
+        path = lab / "runs" / name / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokens_per_second": 2500.0}))
+    assert make_report(make_plan(asked, lab), lab).row("good", "S").tokens_per_second == 2500
+    probes = {"machines": {"cpu": {"dtype": "float32", "compile": True, "threads": 2, "micro_tokens": 512}}}
+    (lab / "runs" / "planted-good-S-s0" / "probes.json").write_text(json.dumps(probes))
+
+    already = len(lines(lab / "started"))
+    ran = run_suite(asked, lab, parallel=4, command=TRAINER)
+    begun = [name for name, *_ in lines(lab / "started")][already:]
+    rounds = [
+        f"planted-{arm}-{size}-speed-{place}" for size in "SM" for place in (1, 2) for arm in ("base", "good", "other")
+    ]
+    assert begun == rounds
+    ends = {name: (float(at), threads) for name, at, threads in lines(lab / "ended")}
+    begins = {name: float(at) for name, _, at in lines(lab / "started")}
+    assert all(ends[a][0] <= begins[b] for a, b in pairwise(rounds)) and {ends[a][1] for a in rounds} == {"8"}
+    one = RunDirectory(lab / "runs" / "planted-good-S-speed-1")
+    recipe = tomllib.loads(one.recipe_toml())
+    assert recipe["duration"]["tokens"] == 12 * recipe["batch"]["tokens"]
+    assert (recipe["parallel"]["compile"], recipe["parallel"]["dtype"]) == ("on", "float32")  # as the run that counts
+    assert one.labels()["archived"] and not one.folder.exists()
+
+    report = make_report(ran.plan, lab)
+    assert report.row("good", "S").tokens_per_second == pytest.approx(5000)  # the fake's speed is that of its layers
+    assert report.row("good", "S").seconds == pytest.approx(report.row("good", "S").tokens / 5000)
+    assert report.clocks["S"].startswith("Speeds and seconds are those of 2 short runs of each arm")
+    assert {len(one.clocks) for one in report.runs} == {2}
+    assert run_suite(asked, lab, command=TRAINER).exit_code == 0
+    assert len(lines(lab / "started")) == already + len(rounds)
+
+    (lab / "runs" / "planted-other-M-speed-2" / "summary.json").unlink()
+    report = make_report(make_plan(asked, lab), lab)  # what is known of two arms is not held against a third's own
+    assert {one.size for one in report.runs if one.alone} == {"S"}
 
 
 def test_runs_beside_each_other_share_the_cores(lab, monkeypatch):
     monkeypatch.setenv("FAKE_SECONDS", "0.05")
     monkeypatch.setattr("calledshot.experiment.running.machine.usable_cores", lambda: 8)
-    assert run_suite(suite(*ARMS[:2], seeds="[0, 1]"), lab, parallel=2, command=TRAINER).exit_code == 0
+    asked = suite(*ARMS[:2], seeds="[0, 1]")
+    assert run_suite(asked, lab, parallel=2, speed=False, command=TRAINER).exit_code == 0
     begun = {name: float(at) for name, _, at in lines(lab / "started")}
     over = {name: float(at) for name, at, _ in lines(lab / "ended")}
     assert {threads for *_, threads in lines(lab / "ended")} == {"4"}
@@ -72,7 +118,7 @@ def test_runs_beside_each_other_share_the_cores(lab, monkeypatch):
 def test_a_failed_arm_stops_nobody_and_is_tried_again_only_when_asked(lab, monkeypatch):
     asked = suite(*ARMS[:2], FAILS)
     said = []
-    ran = run_suite(asked, lab, parallel=2, tell=said.append, command=TRAINER)
+    ran = run_suite(asked, lab, parallel=2, speed=False, tell=said.append, command=TRAINER)
     assert ran.exit_code == 1
     states = {run.name: run.state() for run in runs(lab)}
     assert sum(state == "done" for state in states.values()) == 6
@@ -84,21 +130,22 @@ def test_a_failed_arm_stops_nobody_and_is_tried_again_only_when_asked(lab, monke
     assert all("the weights are not finite" in one.message for one in report.runs if one.arm == "fails")
 
     monkeypatch.setenv("FAKE_MENDED", "1")
-    assert run_suite(asked, lab, command=TRAINER).exit_code == 1
+    assert run_suite(asked, lab, speed=False, command=TRAINER).exit_code == 1
     assert len(lines(lab / "started")) == 9
-    assert run_suite(asked, lab, command=TRAINER, retry=True).exit_code == 0
+    assert run_suite(asked, lab, speed=False, command=TRAINER, retry=True).exit_code == 0
     assert len(lines(lab / "started")) == 12
 
 
 def test_some_arms_and_sizes_alone(lab):
     asked = suite(*ARMS, sizes=(("S", 64), ("M", 128)), seeds="[0]")
     assert run_suite(asked, lab, arms=["good"], sizes=["M"], command=TRAINER).exit_code == 0
-    assert [run.name for run in runs(lab)] == ["planted-good-M-s0"]
+    names = ["planted-good-M-s0", "planted-good-M-speed-1", "planted-good-M-speed-2"]
+    assert [run.name for run in runs(lab)] == names
 
 
 def test_a_run_of_another_recipe_is_not_touched(lab):
     asked = suite(*ARMS[:2])
-    run_suite(asked, lab, command=TRAINER)
+    run_suite(asked, lab, speed=False, command=TRAINER)
     longer = replace(asked, sizes=(replace(asked.sizes[0], tokens=200_000),))
     with pytest.raises(UsageError) as error:
         run_suite(longer, lab, command=TRAINER)
@@ -112,6 +159,7 @@ def test_speeds_are_measured_first_where_seconds_are_matched(lab):
     assert ran.exit_code == 0
     names = [name for name, *_ in lines(lab / "started")]
     assert names[:2] == ["planted-base-S-calibration", "planted-slow-S-calibration"]
+    assert names[4:] == ["planted-base-S-speed-2", "planted-slow-S-speed-2"]  # the calibration is the first
     tokens = {arm: ran.plan.cells[arm, "S"].cost.tokens for arm in ("base", "slow")}
     assert tokens["slow"] == pytest.approx(tokens["base"] / 2, rel=0.01)  # the fake's speed is that of its layers
     assert RunDirectory(lab / "runs" / names[0]).labels()["archived"]
@@ -126,7 +174,7 @@ def test_an_arm_may_begin_with_what_another_has_become(lab):
         "set.model = { experts = 4, top_k = 2 }\nat.S.model.expert_hidden = 192"
     )
     asked = suite(ARMS[0], half, grown, seeds="[0, 1]")
-    ran = run_suite(asked, lab, parallel=4, command=TRAINER)
+    ran = run_suite(asked, lab, parallel=4, speed=False, command=TRAINER)
     assert ran.exit_code == 0
     start = RunDirectory(lab / "runs" / "planted-grown-S-s1-start")
     assert start.status()["made"] == ["upcycle", "planted-half-S-s1", "--experts", "4", "--name", start.name]
@@ -142,14 +190,18 @@ def test_an_arm_may_begin_with_what_another_has_become(lab):
         sum(one.cost.tokens for one in (cells["half"], cells["grown"])), rel=0.01
     )
     assert rows["grown"].seconds > rows["half"].seconds
-    assert run_suite(asked, lab, command=TRAINER).exit_code == 0
+    assert run_suite(asked, lab, speed=False, command=TRAINER).exit_code == 0
     assert len(lines(lab / "started")) == 6
+    ran = run_suite(asked, lab, command=TRAINER)
+    assert not RunDirectory(lab / "runs" / "planted-grown-S-speed-1").load("lineage")  # its speed is that of its shape
+    grown = next(one for one in make_report(ran.plan, lab).runs if one.arm == "grown")
+    assert sum(grown.clocks) / 2 == pytest.approx(grown.seconds) and grown.seconds > rows["half"].seconds
 
 
 def test_runs_may_be_changed_before_they_are_asked(lab):
     more = 'evals = [{ name = "far", convert = ["extend", "--context", "512"], arms = ["good"] }]\n'
     asked = suite(*ARMS[:2], more=more, seeds="[0]")
-    assert run_suite(asked, lab, parallel=2, command=TRAINER).exit_code == 0
+    assert run_suite(asked, lab, parallel=2, speed=False, command=TRAINER).exit_code == 0
     known = measurements(asked, lab)
     assert known["planted-good-S-s0"]["far"] == 2.75
     assert "far" not in known["planted-base-S-s0"]
@@ -183,7 +235,7 @@ def test_ctrl_c_stops_the_runs_after_a_step_and_the_same_command_goes_on(lab):
     states = {run.name: run.state() for run in runs(lab)}
     assert states == {"planted-base-S-s0": "interrupted", "planted-good-S-s0": "interrupted"}
 
-    assert run_suite(suite(*ARMS), lab, parallel=4, command=TRAINER).exit_code == 0
+    assert run_suite(suite(*ARMS), lab, parallel=4, speed=False, command=TRAINER).exit_code == 0
     begun = {}
     for name, step, _ in lines(lab / "started"):
         begun.setdefault(name, []).append(int(step))

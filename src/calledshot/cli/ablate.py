@@ -32,6 +32,9 @@ def ablate(
     parallel: Annotated[int, Parameter(help="Runs side by side; 0 takes what fits.")] = 0,
     retry: Annotated[bool, Parameter(negative=(), help="Try failed runs again.")] = False,
     name: Annotated[str, Parameter(help="Name of the suite, and of its runs; without it the file's.")] = "",
+    no_speed: Annotated[
+        bool, Parameter(negative=(), help="Leave out the short runs that measure the speed of each arm alone.")
+    ] = False,
     speed: Annotated[float, Parameter(converter=speed_, help="For --plan: tokens a second of the baseline.")] = 0.0,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="The page to write.")] = None,
     json: Json = False,
@@ -78,7 +81,9 @@ def ablate(
     if report:
         planned = make_plan(found, lab)
     else:
-        ran = run_suite(found, lab, arms=only, sizes=size, parallel=parallel, retry=retry, tell=tell)
+        ran = run_suite(
+            found, lab, arms=only, sizes=size, parallel=parallel, retry=retry, speed=not no_speed, tell=tell
+        )
         planned, code = ran.plan, ran.exit_code
     made = make_report(planned, lab)
     from calledshot.lab.ablations import write_ablation

@@ -178,7 +178,7 @@ def analyse(suite: Suite, runs: Sequence[Outcome]) -> Analysis:
         order=order(suite, judged, groups),
         gain=gain,
         by_flops=judged.at_equal(grouped(runs, lambda one: one.flops), groups, gain, exact=True),
-        by_seconds=judged.at_equal(grouped(runs, lambda one: one.seconds), groups, gain, exact=False),
+        by_seconds=judged.at_equal(clocked(runs), groups, gain, exact=False),
         measures=measures,
     )
 
@@ -190,6 +190,12 @@ def grouped(runs: Sequence[Outcome], read: Callable[[Outcome], float | None]) ->
         if one.counts and (value := read(one)) is not None:
             found.setdefault((one.arm, one.size), []).append(value)
     return found
+
+
+def clocked(runs: Sequence[Outcome]) -> dict[Key, list[float]]:
+    """Seconds by cell: by each measurement of its speed where that was measured alone, else of each run."""
+    found = grouped(runs, lambda one: one.seconds)
+    return found | {(one.arm, one.size): list(one.clocks) for one in runs if one.counts and one.clocks}
 
 
 def stability(runs: Sequence[Outcome]) -> dict[Key, Stability]:

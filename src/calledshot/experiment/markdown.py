@@ -123,7 +123,7 @@ def size_markdown(report: Report, size: str) -> str:
                 *(bits(row.measures.get(name)) for name in names),
             ]
         )
-    parts += [table(lines), table(costs(rows))]
+    parts += [table(lines), table(costs(rows)), *filter(None, [report.clocks.get(size)])]
     pairs = [one for one in report.analysis.effects if one.size == size and one.against != report.suite.baseline]
     if pairs:
         parts.append(

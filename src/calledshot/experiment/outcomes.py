@@ -11,7 +11,7 @@ from typing import Any
 
 from calledshot.rundir import RunDirectory, is_run
 
-from .plan import Plan, Run, state
+from .plan import SPEED_ROUNDS, Plan, Run, state
 from .running import measurements, messages
 
 WINDOW = 32
@@ -36,7 +36,7 @@ class Point:
     tokens: float
     flops: float
     seconds: float | None
-    """At the run's median speed: without start-up, evaluations and checkpoints."""
+    """At the speed that the run's own `seconds` are of: without start-up, evaluations and checkpoints."""
     loss: float
     """Bits per byte."""
     steady: bool
@@ -64,9 +64,14 @@ class Outcome:
     tokens: float | None = None
     flops: float | None = None
     seconds: float | None = None
-    """Training at the median speed. Tokens, FLOPs and seconds hold those of the run that it began with too."""
+    """Training at its `speed`. Tokens, FLOPs and seconds hold those of the run that it began with too."""
     rate: float | None = None
-    """Median training speed, tokens a second."""
+    """Median training speed of its own, tokens a second, beside whatever the machine did then."""
+    alone: tuple[float, ...] = ()
+    """Tokens a second of the short runs of its cell that had nothing beside them; empty unless every cell with a result
+    at its size has all of them, so that the speeds of a size are of one kind."""
+    clocks: tuple[float, ...] = ()
+    """`seconds` by each of `alone`."""
     memory: float | None = None
     """Peak of the process (CPU) or the device (GPU), in bytes."""
     decode: float | None = None
@@ -81,6 +86,11 @@ class Outcome:
     """How it computed: device, dtype, compile, threads."""
 
     @property
+    def speed(self) -> float | None:
+        """Training speed, tokens a second: measured alone where it was, else its own."""
+        return statistics.geometric_mean(self.alone) if self.alone else self.rate
+
+    @property
     def counts(self) -> bool:
         """Whether its loss is a result."""
         return self.state == "done" and self.loss is not None
@@ -90,12 +100,26 @@ def outcomes(plan: Plan, lab: Path) -> list[Outcome]:
     """Every run of the plan, in its order."""
     said, measured = messages(plan.suite, lab), measurements(plan.suite, lab)
     judge = plan.suite.judge
+    own = [outcome(run, lab, said.get(run.name, ""), measured.get(run.name, {}), judge) for run in plan.runs]
+    alone = {key: rates for key, rates in plan.speeds.items() if len(rates) >= SPEED_ROUNDS}
+    partly = {one.size for one in own if one.counts and (one.arm, one.size) not in alone}
     found: dict[tuple[str, str, int], Outcome] = {}
-    for run in plan.runs:
-        one = outcome(run, lab, said.get(run.name, ""), measured.get(run.name, {}), judge)
+    for run, one in zip(plan.runs, own, strict=True):
+        if one.size not in partly and (rates := alone.get((one.arm, one.size))):
+            one = timed(one, rates)
         before = found.get((run.cell.arm.start, one.size, one.seed))
         found[one.arm, one.size, one.seed] = after(before, one) if before else one
     return list(found.values())
+
+
+def timed(one: Outcome, rates: tuple[float, ...]) -> Outcome:
+    """A run with the seconds that it would have taken alone."""
+    speed = statistics.geometric_mean(rates)
+    return replace(
+        one, alone=rates, seconds=one.tokens / speed if one.tokens else None,
+        clocks=tuple(one.tokens / rate for rate in rates) if one.tokens else (),
+        curve=tuple(replace(point, seconds=point.tokens / speed) for point in one.curve),
+    )  # fmt: skip
 
 
 def after(before: Outcome, one: Outcome) -> Outcome:
@@ -114,6 +138,7 @@ def after(before: Outcome, one: Outcome) -> Outcome:
     return replace(
         one, tokens=both(one.tokens, before.tokens), flops=both(one.flops, before.flops),
         seconds=both(one.seconds, before.seconds), curve=tuple(points),
+        clocks=tuple(a + b for a, b in zip(one.clocks, before.clocks, strict=False)),
     )  # fmt: skip
 
 

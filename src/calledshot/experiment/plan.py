@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,15 @@ from calledshot.rundir import RunDirectory, is_run
 from .matching import Cell, Rates, resolve
 from .suite import Suite
 
+CALIBRATION = "calibration"
+"""Ends the name of the short run that comes before those of a cell that is matched by seconds."""
 CALIBRATION_STEPS = 24
 """Updates of the short run that measures an arm's speed where arms are matched by seconds."""
+SPEED_STEPS = 12
+"""Updates of each short run that measures a cell's speed once its runs are done."""
+SPEED_ROUNDS = 2
+"""Such runs of each cell: between two of one cell stand those of the size's others, so that what the machine does
+slowly falls on all of them, and what it does at once shows as noise."""
 PROCESS_BYTES = 700 << 20
 """What a training process holds besides model, optimizer and activations: mostly the libraries."""
 MICRO_TOKENS = 4096
@@ -31,23 +38,23 @@ class Run:
     name: str
     cell: Cell
     seed: int
-    calibration: bool = False
-    """Short, only to measure its speed."""
+    steps: int = 0
+    """Updates of a short run, which only measures its speed; 0 for one that counts."""
 
     @property
     def start(self) -> str:
         """Name of the run whose checkpoint it begins with, empty for none; `shot convert` makes it."""
-        return f"{self.name}-start" if self.cell.start else ""
+        return f"{self.name}-start" if self.cell.start and not self.steps else ""
 
     @property
     def recipe(self) -> Recipe:
         """What it trains."""
         recipe = replace(self.cell.recipe, name=self.name, seed=self.seed)
-        if not self.calibration:
+        if not self.steps:
             return recipe
         batch = recipe.batch.tokens
-        short = replace(recipe.evals, every_steps=10 * CALIBRATION_STEPS, tokens=batch, final_tokens=batch, prompts=())
-        return replace(recipe, duration=replace(recipe.duration, tokens=CALIBRATION_STEPS * batch), evals=short)
+        short = replace(recipe.evals, every_steps=10 * self.steps, tokens=batch, final_tokens=batch, prompts=())
+        return replace(recipe, duration=replace(recipe.duration, tokens=self.steps * batch), evals=short)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Plan:
     """By (arm, size)."""
     rates: Rates
     """Tokens a second by (arm, size), of calibrations and of finished runs."""
+    speeds: Mapping[tuple[str, str], tuple[float, ...]]
+    """Tokens a second by (arm, size), of each short run that had nothing beside it; cells without any are left out."""
 
     @property
     def runs(self) -> list[Run]:
@@ -80,8 +89,23 @@ class Plan:
             cells = [self.cells[arm.name, size.name] for arm in self.suite.arms_at(size)]
             timed = [cell for cell in cells if cell.match == "seconds" and cell.arm is not self.suite.reference]
             for cell in [self.baseline(size.name), *timed] if timed else ():
-                name = self.suite.run_name(cell.arm.name, size.name, "calibration")
-                found.append(Run(name, cell, self.suite.seeds[0], calibration=True))
+                name = self.suite.run_name(cell.arm.name, size.name, CALIBRATION)
+                found.append(Run(name, cell, self.suite.seeds[0], CALIBRATION_STEPS))
+        return found
+
+    @property
+    def speed_runs(self) -> list[Run]:
+        """Short runs that measure the speed of every cell, by size and round; a calibration is its cell's first."""
+        suite = self.suite
+        calibrated = {(run.cell.arm.name, run.cell.size.name): run for run in self.calibrations}
+        found = []
+        for size in suite.sizes:
+            for place in range(SPEED_ROUNDS):
+                for arm in suite.arms_at(size):
+                    key = (arm.name, size.name)
+                    name = suite.run_name(*key, speed_name(place))
+                    first = calibrated.get(key) if place == 0 else None
+                    found.append(first or Run(name, self.cells[key], suite.seeds[0], SPEED_STEPS))
         return found
 
     def baseline(self, size: str) -> Cell:
@@ -110,18 +134,28 @@ def make_plan(suite: Suite, lab: Path) -> Plan:
     """The plan, with what has been measured in `lab` so far."""
     rates: dict[tuple[str, str], float] = {}
     calibrated: dict[tuple[str, str], float] = {}
+    speeds: dict[tuple[str, str], tuple[float, ...]] = {}
     for size in suite.sizes:
         for arm in suite.arms_at(size):
             key = (arm.name, size.name)
             names = [suite.run_name(*key, f"s{seed}") for seed in suite.seeds_of(arm, size)]
             known = [rate for name in names if (rate := speed(lab / "runs" / name))]
-            if rate := speed(lab / "runs" / suite.run_name(*key, "calibration")):
-                calibrated[key] = rate
-                known = known or [rate]
+            names = [suite.run_name(*key, last) for last in (CALIBRATION, *map(speed_name, range(SPEED_ROUNDS)))]
+            alone = [speed(lab / "runs" / name) for name in names]
+            if alone[0]:
+                calibrated[key] = alone[0]
+                known = known or [alone[0]]
+            if measured := tuple(rate for rate in alone if rate):
+                speeds[key] = measured
             if known:
                 rates[key] = statistics.median(known)
     # From calibrations alone: a finished run may not change what the others of its cell are.
-    return Plan(suite, resolve(suite, calibrated), rates)
+    return Plan(suite, resolve(suite, calibrated), rates, speeds)
+
+
+def speed_name(place: int) -> str:
+    """Ends the name of the short run of a round, counted from 0."""
+    return f"speed-{place + 1}"
 
 
 def speed(run: Path) -> float | None:
@@ -183,7 +217,7 @@ def bytes_needed(run: Run) -> int:
 def room(runs: Sequence[Run]) -> int:
     """Runs that fit side by side on this machine: one a GPU; on a CPU one a core as far as memory goes; one at a time
     where arms are matched by seconds, since neighbours take time from each other."""
-    if any(run.calibration or run.cell.match == "seconds" for run in runs):
+    if any(run.steps or run.cell.match == "seconds" for run in runs):
         return 1
     if gpus := machine.gpus():
         return len(gpus)

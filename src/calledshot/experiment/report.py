@@ -80,6 +80,8 @@ class Report:
     remarks: list[Remark]
     notes: list[str]
     """What to know before reading the numbers."""
+    clocks: dict[str, str]
+    """Where speeds and seconds come from, a sentence by size; sizes without a result are left out."""
     runs: list[Outcome]
 
     def row(self, arm: str, size: str) -> Row:
@@ -105,6 +107,7 @@ class Report:
             "gain_per_e_fold_of_tokens": analysis.gain,
             "remarks": [asdict(one) for one in self.remarks],
             "notes": self.notes,
+            "clocks": self.clocks,
             "runs": [asdict(one) for one in self.runs],
         }
 
@@ -114,7 +117,8 @@ def make_report(plan: Plan, lab: Path) -> Report:
     runs = outcomes(plan, lab)
     analysis = analyse(plan.suite, runs)
     rows = [row(plan, cell, runs, analysis, lab) for cell in plan.cells.values()]
-    return Report(plan.suite, rows, analysis, remarks(plan, rows), notes(plan, runs, analysis), runs)
+    clocks = {size.name: text for size in plan.suite.sizes if (text := clock(runs, size.name))}
+    return Report(plan.suite, rows, analysis, remarks(plan, rows), notes(plan, runs, analysis), clocks, runs)
 
 
 def row(plan: Plan, cell: Cell, runs: Sequence[Outcome], analysis: Analysis, lab: Path) -> Row:
@@ -146,7 +150,7 @@ def row(plan: Plan, cell: Cell, runs: Sequence[Outcome], analysis: Analysis, lab
         tokens=mean(lambda one: one.tokens),
         flops=mean(lambda one: one.flops),
         seconds=mean(lambda one: one.seconds),
-        tokens_per_second=mean(lambda one: one.rate),
+        tokens_per_second=mean(lambda one: one.speed),
         memory=max((one.memory for one in results if one.memory), default=None),
         decode=max((one.decode for one in results if one.decode), default=None),
         stability=analysis.stability.get(key, Stability(0, 0, 0, 0)),
@@ -300,6 +304,16 @@ def notes(plan: Plan, runs: Sequence[Outcome], analysis: Analysis) -> list[str]:
                 f"{size.name}: the runs did not compute alike ({'; '.join(texts)}): their speeds do not compare."
             )
     return found
+
+
+def clock(runs: Sequence[Outcome], size: str) -> str:
+    """Where the speeds and seconds of a size come from; empty without a result."""
+    rounds = {len(one.alone) for one in runs if one.size == size and one.counts}
+    if not rounds:
+        return ""
+    if 0 in rounds:
+        return "Speeds and seconds are those of the runs themselves, beside whatever else the machine did then."
+    return f"Speeds and seconds are those of {min(rounds)} short runs of each arm, with nothing beside them."
 
 
 def plan_json(plan: Plan, runs: Sequence[Run], states: dict[str, str], parallel: int, stated: float) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from calledshot import machine
 from calledshot.recipe import to_toml
 from calledshot.rundir import JsonLines, RunDirectory, atomic_write, is_run, read_jsonl
 
+from .matching import Cell
 from .plan import Plan, Run, chosen, make_plan, room, state
 from .pool import Job, Pool
 from .suite import Eval, Suite
@@ -55,11 +57,13 @@ def run_suite(
     sizes: Sequence[str] = (),
     parallel: int = 0,
     retry: bool = False,
+    speed: bool = True,
     tell: Tell = lambda text: None,
     command: Sequence[str] = SHOT,
 ) -> Ran:
     """Trains what is not done yet: what is missing is started, what was interrupted goes on, what failed is left as it
-    is unless `retry`. Then every finished run is measured once. `parallel` 0 takes what fits.
+    is unless `retry`. Then every finished run is measured once, and with `speed` how quickly every cell that has one
+    trains with nothing beside it. `parallel` 0 takes what fits.
 
     `lab` is that of the current folder, where the processes run. `command` is what `train RECIPE --name RUN`, `eval`
     and `generate` are handed to: another trainer that writes run directories may stand there. Raises: UsageError,
@@ -73,14 +77,17 @@ def run_suite(
     with Pool(slots, gpus) as pool:
         bench = Bench(suite, lab, pool, tell, tuple(command))
         if calibrations := [run for run in plan.calibrations if run.name in states and states[run.name] != "done"]:
-            bench.train(calibrations, retry=True)
+            bench.train_alone(calibrations)
             plan = make_plan(suite, lab)
         runs = chosen(plan.runs, arms, sizes)
         states = {run.name: state(run, lab) for run in runs}
         done = sum(one == "done" for one in states.values())
         tell(f"{suite.name}: {len(runs)} runs, {done} of them done; {slots} at a time")
         bench.train([run for run in runs if states[run.name] != "done"], retry)
-        bench.measure([run for run in runs if state(run, lab) == "done"])
+        finished = [run for run in runs if state(run, lab) == "done"]
+        bench.measure(finished)
+        if speed and pool.signal is None:
+            bench.measure_speed(plan, finished)
         failed = any(state(run, lab) != "done" for run in runs)
         return Ran(make_plan(suite, lab), pool.exit_code or int(failed))
 
@@ -108,6 +115,35 @@ class Bench:
         self.convert({run.start: (self._origin(run), run.cell.arm.convert) for run in later})
         self._train([run for run in later if is_run(self.lab / "runs" / run.start)], len(later))
 
+    def train_alone(self, runs: Sequence[Run]) -> None:
+        """Trains short runs one at a time, those that failed before too. Once done they are put away, without their
+        checkpoints, which nobody goes on from."""
+        slots, self.pool.slots = self.pool.slots, 1
+        self.train(runs, retry=True)
+        self.pool.slots = slots
+        for run in runs:
+            if self._done(run.name):
+                directory = RunDirectory(self.lab / "runs" / run.name)
+                directory.archive()
+                rmtree(directory.folder, ignore_errors=True)
+
+    def measure_speed(self, plan: Plan, finished: Sequence[Run]) -> None:
+        """Trains the short runs of every cell that has a finished run, computing as that one did but with all cores;
+        what is known is not measured again."""
+        cells: dict[tuple[str, str], Run] = {}
+        for run in finished:
+            cells.setdefault((run.cell.arm.name, run.cell.size.name), run)
+        todo = []
+        for run in plan.speed_runs:
+            counted = cells.get((run.cell.arm.name, run.cell.size.name))
+            if counted and state(run, self.lab) != "done":
+                todo.append(
+                    replace(run, cell=computing_alike(run.cell, RunDirectory(self.lab / "runs" / counted.name)))
+                )
+        if todo:
+            self.tell(f"{self.suite.name}: speeds are measured, one at a time; --no-speed leaves that out")
+            self.train_alone(todo)
+
     def _origin(self, run: Run) -> str:
         return self.suite.run_name(run.cell.arm.start, run.cell.size.name, f"s{run.seed}")
 
@@ -133,8 +169,6 @@ class Bench:
             said = "" if now == "done" else last_words(job.log)
             with JsonLines(self.folder / "attempts.jsonl") as attempts:
                 attempts.append({"run": job.name, "code": code, "seconds": seconds, "state": now, "message": said})
-            if job.name.endswith("-calibration") and now == "done":
-                RunDirectory(path).archive()
             if now == "not started" and self.pool.signal is None:
                 now = "failed"
             more = f": {said}" if now == "failed" else ""
@@ -235,6 +269,21 @@ class Bench:
     def _keep(self, run: Run, measure: str, value: float | None) -> None:
         with JsonLines(self.folder / "measurements.jsonl") as rows:
             rows.append({"run": run.name, "measure": measure, "value": value})
+
+
+def computing_alike(cell: Cell, run: RunDirectory) -> Cell:
+    """The cell with what a run of it found out about the machine, which a shorter one might not."""
+    machines = list((run.load("probes").get("machines") or {}).values())
+    if not machines:
+        return cell
+    found, asked = machines[-1], cell.recipe.parallel
+    parallel = replace(
+        asked,
+        dtype=found.get("dtype", asked.dtype),
+        compile={True: "on", False: "off"}.get(found.get("compile"), asked.compile),
+        micro_tokens=found.get("micro_tokens", asked.micro_tokens),
+    )
+    return replace(cell, recipe=replace(cell.recipe, parallel=parallel))
 
 
 def decode_command(run: Run, seed: int) -> tuple[str, ...]:

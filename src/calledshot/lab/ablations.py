@@ -75,12 +75,13 @@ def _size(report: Report, size: str) -> dict[str, Any]:
         "measures": list(dict.fromkeys(name for row in rows for name in row.measures)),
         "noise": report.analysis.noise[size],
         "floor": report.analysis.floor.get(size),
+        "clock": report.clocks.get(size, ""),
         "pairs": [one for one in report.analysis.effects if one.size == size and one.against != report.suite.baseline],
         "figures": [
             (title, Markup(picture))
             for title, axis, unit in (
                 ("Against FLOPs", "flops", "training FLOPs"),
-                ("Against the clock", "seconds", "training seconds at the run's median speed"),
+                ("Against the clock", "seconds", "training seconds"),
             )
             if (picture := _chart(report, rows, size, axis, unit))
         ],
