@@ -60,8 +60,31 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_the_early_part_of_a_curve_is_left_out():
-    line = Line("a", [(10, 5.0), (50, 3.0), (100, 2.0)], "red")
+    line = Line("a", [(10, 5.0), (50, 3.0), (100, 2.0)], (100, 2.0), "red")
     svg = Chart([line], "x", "y", str).svg()
     path = re.search(r'class="line" d="([^"]+)"', svg)
     assert path and path[1].count("L") == 1
     assert Chart([], "x", "y", str).svg() == ""
+
+
+def test_what_is_measured_over_all_text_ends_no_line_over_a_sample():
+    line = Line("a", [(50, 3.0), (100, 2.5)], (100, 2.0), "red")
+    svg = Chart([line, Line("b", [], (100, 2.1), "blue")], "x", "y", str).svg()
+    paths = re.findall(r'class="line" d="M([^"]+)"', svg)
+    marks = [float(y) for y in re.findall(r'class="end" cx="[^"]+" cy="([^"]+)"', svg)]
+    assert len(paths) == 1 and len(marks) == 2
+    assert float(paths[0].split()[-1]) < marks[1] < marks[0]  # downwards: the sample's last, b's mark, a's
+
+
+def test_curves_are_over_the_sample_alone(tmp_path):
+    plan = plant(suite(*ARMS[:1], seeds="[0, 1]"), tmp_path, lambda arm, size, seed: Truth(1.5 + 0.001 * seed))
+    for seed in (0, 1):  # over all of the text another number than over the sample
+        path = tmp_path / "runs" / f"planted-base-S-s{seed}" / "summary.json"
+        path.write_text(path.read_text().replace("1.5", "1.3"))
+    page = render(make_report(plan, tmp_path))
+    path, mark = (
+        re.search(r'class="line strong" d="M([^"]+)"', page)[1],
+        re.search(r'class="end"[^>]+cy="([^"]+)"', page)[1],
+    )
+    heights = [float(point.split()[1]) for point in path.split("L")]
+    assert heights == sorted(heights) and float(mark) - heights[-1] > 5 * (heights[-1] - heights[-2])

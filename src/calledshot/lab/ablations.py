@@ -89,7 +89,8 @@ def _size(report: Report, size: str) -> dict[str, Any]:
 
 
 def _chart(report: Report, rows: list[Row], size: str, axis: str, unit: str) -> str:
-    """The later part of every arm's held-out curve (that of its first finished run), its mean final loss at the end."""
+    """The later part of every arm's held-out curve, over a sample and of its first finished run, and apart from it the
+    mean final loss over all of the text."""
     lines = []
     for row in rows:
         run = next((one for one in report.runs if (one.arm, one.size) == (row.arm, size) and one.counts), None)
@@ -97,12 +98,12 @@ def _chart(report: Report, rows: list[Row], size: str, axis: str, unit: str) -> 
         if run is None or not end or row.loss is None:
             continue
         curve = () if report.suite.judge else run.curve  # what runs measure on the way is another number
-        points = [(value, point.loss) for point in curve if (value := getattr(point, axis)) and value < 0.999 * end]
+        points = [(value, point.loss) for point in curve if (value := getattr(point, axis))]
         color = BASELINE if row.effect is None else COLORS.get(row.effect.verdict, UNJUDGED)
         noise = report.analysis.noise[size]
         reach = noise.sd / row.seeds**0.5 if noise else 0.0
         hint = f"{row.arm}: {bits(row.loss)} bits per byte"
-        lines.append(Line(row.arm, [*points, (end, row.loss)], color, reach, row.effect is None, hint))
+        lines.append(Line(row.arm, points, (end, row.loss), color, reach, row.effect is None, hint))
     write = figures.duration if axis == "seconds" else partial(figures.power, digits=2)
     return Chart(lines, unit, "held-out bits per byte", write).svg()
 

@@ -21,13 +21,16 @@ ABOVE = 0.8
 
 @dataclass(frozen=True)
 class Line:
-    """One line and its name, which stands at its end."""
+    """One line, what came of it, and its name beside that."""
 
     label: str
     points: Sequence[tuple[float, float]]
+    """The line; may be empty."""
+    end: tuple[float, float]
+    """A mark of its own, which no line leads to: what it shows need not be measured as the points are."""
     color: str
     reach: float = 0.0
-    """Half of the bar at the last point."""
+    """Half of the bar at the mark."""
     strong: bool = False
     hint: str = ""
 
@@ -43,16 +46,17 @@ class Chart:
 
     def svg(self) -> str:
         """The picture; empty without lines."""
-        ends = [line.points[-1] for line in self.lines]
+        ends = [line.end for line in self.lines]
         if not ends:
             return ""
         right = max(x for x, _ in ends) * 1.01
         left = SHOWN * min(x for x, _ in ends)
         seen = [y for line in self.lines for x, y in line.points if x >= left]
-        last = [line.points[-1][1] + sign * line.reach for line in self.lines for sign in (-1, 1)]
+        last = [line.end[1] + sign * line.reach for line in self.lines for sign in (-1, 1)]
+        last += [line.points[-1][1] for line in self.lines if line.points]
         spread_of_ends = max(last) - min(last) or 0.01 * abs(last[0]) or 1.0
         low = min(last) - 0.1 * spread_of_ends
-        high = max(last) + min(ABOVE * spread_of_ends, max(0.1 * spread_of_ends, max(seen) - max(last)))
+        high = max(last) + min(ABOVE * spread_of_ends, max(0.1 * spread_of_ends, max(seen, default=0.0) - max(last)))
 
         def at_x(value: float) -> float:
             return LEFT + (value - left) / (right - left) * (WIDTH - LEFT - RIGHT)
@@ -81,10 +85,10 @@ class Chart:
         heights = spread([at_y(y) for _, y in ends], GAP, TOP, bottom)
         for line, height in sorted(zip(self.lines, heights, strict=True), key=lambda pair: pair[0].strong):
             parts.append(f'<g style="--color: {line.color}"><title>{escape(line.hint or line.label)}</title>')
-            path = "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in line.points if x >= left)
             strong = " strong" if line.strong else ""
-            parts.append(f'{frame}<path class="line{strong}" d="M{path}"/></svg>')
-            x, y = at_x(line.points[-1][0]), at_y(line.points[-1][1])
+            if path := "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in line.points if x >= left):
+                parts.append(f'{frame}<path class="line{strong}" d="M{path}"/></svg>')
+            x, y = at_x(line.end[0]), at_y(line.end[1])
             if line.reach:
                 reach = line.reach / (high - low) * (HEIGHT - TOP - BOTTOM)
                 parts.append(f'<line class="bar" x1="{x:.1f}" x2="{x:.1f}" y1="{y - reach:.1f}" y2="{y + reach:.1f}"/>')
