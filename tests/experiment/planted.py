@@ -52,6 +52,8 @@ class Truth:
     skipped: int = 0
     spike: int = 0
     """Step at which the training loss jumps."""
+    padding: float = 0.01
+    """Share of the positions that hold nothing."""
 
 
 def loss_at(share: float, truth: Truth) -> float:
@@ -115,5 +117,6 @@ def plant(suite: Suite, lab: Path, truth: Callable[[str, str, int], Truth | None
         if known.state == "done":
             final = {"text": {"bits_per_byte": known.loss, "bytes_evaluated": 1000}}
             summary = {"final": final, "tokens_per_second": known.rate, "peak_memory_bytes": 400_000_000}
+            summary |= {"packing_loss": known.padding}
             (path / "summary.json").write_text(json.dumps(summary))
     return make_plan(suite, lab)

@@ -163,6 +163,25 @@ def test_a_file_of_ones_own_counts_its_lines(tmp_path):
     assert changed_lines(cells["yours", "S"], cells["base", "S"], tmp_path) == 1 + 3
 
 
+def test_padding_is_said_where_there_is_much_more_of_it(tmp_path):
+    shares = {"base": 0.03, "good": 0.075, "slow": 0.4}
+    plan = plant(suite(*ARMS[:3]), tmp_path, lambda arm, size, seed: Truth(1.5, padding=shares[arm]))
+    report = make_report(plan, tmp_path)
+    assert report.row("slow", "S").more_padding == pytest.approx(0.37)
+    assert report.row("slow", "S").differs.endswith("KV bytes +50 %, padding +37 points")
+    assert "padding" not in report.row("good", "S").differs
+    assert "padding +37 points |" in report_markdown(report)
+
+
+def test_tokens_and_memory_of_an_encoder_decoder_are_explained(tmp_path):
+    arms = ('name = "base"', 'name = "both"\nset.model = { topology = "encoder-decoder", layers = 1 }\nmatch = "none"')
+    asked = suite(*arms, more='set.objective.kind = "prefix"\n')
+    plan = plant(asked, tmp_path, lambda arm, size, seed: Truth(1.5))
+    for text in (report_markdown(make_report(plan, tmp_path)), plan_markdown(plan, [], {}, 1)):
+        assert text.count("an encoder-decoder's are those of both its stacks") == 1
+    assert "both its stacks" not in plan_markdown(plant(suite(*ARMS[:2]), tmp_path / "x", lambda *_: None), [], {}, 1)
+
+
 def test_runs_that_computed_differently_are_said_to_have(tmp_path):
     plan = plant(suite(*ARMS[:2]), tmp_path, lambda arm, size, seed: Truth(1.5))
     for arm, dtype in (("base", "float32"), ("good", "bfloat16")):

@@ -62,6 +62,18 @@ def test_any_arm_is_matched_or_refused(match, layers, heads, tied):
     assert match not in unmatched(found["arm", "S"], found["base", "S"])
 
 
+def test_memory_is_compared_over_as_many_positions_whatever_a_row_holds():
+    """A token crosses one stack of an encoder-decoder: with as many blocks in all it keeps about half as much for the
+    backward pass, not twice because its rows are twice as long."""
+    both = arm("both", 'set.model = { topology = "encoder-decoder", layers = 1 }', 'match = "none"')
+    longer = arm("longer", "set.model.context = 128", 'match = "none"')
+    cells = resolve(suite(BASE, both, longer, more='set.objective.kind = "prefix"\n'))
+    base, both, longer = (cells[name, "S"] for name in ("base", "both", "longer"))
+    kept = {one.arm.name: one.memory - one.cost.bytes.fixed for one in (base, both)}
+    assert kept["both"] < kept["base"]
+    assert "memory" not in unmatched(longer, base) or abs(unmatched(longer, base)["memory"]) < 0.2
+
+
 def test_matched_flops_are_those_of_the_whole_run():
     more = 'match = "flops"'
     found = resolve(suite(BASE, *(arm(name, line, more) for name, line in ARMS.items())))

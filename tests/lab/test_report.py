@@ -247,6 +247,12 @@ def test_a_damaged_directory_is_shown_with_a_warning(tmp_path, damage, state):
         assert 'class="warning">demo: ' in html
 
 
+def test_padding_is_shown(tmp_path):
+    run = write_run(tmp_path / "demo")
+    write_json(run / "summary.json", {**json.loads((run / "summary.json").read_text()), "packing_loss": 0.391})
+    assert "39.1 %" in cell(page([run], tmp_path), "Packing loss")
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

@@ -54,6 +54,7 @@ def plan_markdown(plan: Plan, runs: Sequence[Run], states: dict[str, str], paral
                 ]
             )
         parts.append(f"## {size.name}\n\n{table(lines)}")
+    parts += filter(None, [plan.caution])
     parts.append(time_left(plan, runs, states, parallel, stated))
     return "\n\n".join(parts)
 
@@ -156,7 +157,7 @@ def costs(rows: Sequence[Row]) -> list[list[str]]:
                 known(row.decode),
                 f"{account.kv_bytes_per_token:,}",
                 f"{row.changed_lines} (+1 moved)" if row.adjusted else str(row.changed_lines),
-                NOTHING if row.effect is None else differences(row.unmatched),
+                NOTHING if row.effect is None else row.differs,
             ]
         )
     return lines

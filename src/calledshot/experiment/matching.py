@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from calledshot.recipe import Cost, Recipe, UsageError, check, cost, difference, from_dict, load_recipe, to_dict
+from calledshot.recipe.cost import DTYPE_BYTES, activation_bytes
 from calledshot.recipe.load import is_path
 from calledshot.recipe.reading import merge, override, split_overrides
 from calledshot.recipe.schema import Duration
@@ -30,6 +31,8 @@ FIXED = ("heads", "kv_heads", "head_width", "context", "encoder_context", "encod
 GRAINS = (8, 1)
 """Widths are tried in multiples of the first, which processors like, then of the second."""
 LARGEST = 1 << 20
+PASS = 4096
+"""Positions of the forward and backward pass whose memory is compared: as many for every arm, whatever its rows."""
 
 Rates = Mapping[tuple[str, str], float]
 """Measured training speed by (arm, size), in tokens a second."""
@@ -78,6 +81,13 @@ class Cell:
         """Of its own run and of what it begins with."""
         return (self.cost.flops or 0.0) + (self.start.flops if self.start else 0.0)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of weights, gradients and optimizer, and of the activations of a pass over `PASS` positions."""
+        parallel = self.recipe.parallel
+        kept = activation_bytes(self.cost.shape, PASS, DTYPE_BYTES[parallel.dtype], parallel.compile != "off")
+        return self.cost.bytes.fixed + kept
+
 
 QUANTITIES: dict[str, Callable[[Cell], float]] = {
     "parameters": lambda cell: cell.cost.parameters.total,
@@ -86,7 +96,7 @@ QUANTITIES: dict[str, Callable[[Cell], float]] = {
     "FLOPs a token": lambda cell: cell.cost.flops_per_token.total,
     "tokens": lambda cell: cell.tokens,
     "FLOPs": lambda cell: cell.flops,
-    "memory": lambda cell: cell.cost.bytes.fixed + cell.cost.bytes.activations,
+    "memory": lambda cell: cell.memory,
     "KV bytes": lambda cell: cell.cost.bytes.kv_cache_per_token,
 }
 """What arms can differ in, by arithmetic."""

@@ -74,6 +74,8 @@ class Outcome:
     """`seconds` by each of `alone`."""
     memory: float | None = None
     """Peak of the process (CPU) or the device (GPU), in bytes."""
+    padding: float | None = None
+    """Share of the training positions that held nothing."""
     decode: float | None = None
     """Tokens a second, one sequence."""
     curve: tuple[Point, ...] = ()
@@ -178,6 +180,7 @@ def outcome(run: Run, lab: Path, said: str, measured: Mapping[str, float | None]
         rate=rate,
         memory=number(summary.get("peak_memory_bytes"))
         or max((value for row in rows if (value := number(row.get("memory_bytes")))), default=None),
+        padding=number(summary.get("packing_loss")),
         decode=measured.get("decode"),
         curve=points,
         spikes=spikes(rows),

@@ -13,7 +13,7 @@ from calledshot.recipe import Recipe, ShotError, UsageError, difference, from_di
 from calledshot.recipe.cost import activation_bytes
 from calledshot.rundir import RunDirectory, is_run
 
-from .matching import Cell, Rates, resolve
+from .matching import PASS, Cell, Rates, resolve
 from .suite import Suite
 
 CALIBRATION = "calibration"
@@ -27,8 +27,6 @@ SPEED_ROUNDS = 2
 slowly falls on all of them, and what it does at once shows as noise."""
 PROCESS_BYTES = 700 << 20
 """What a training process holds besides model, optimizer and activations: mostly the libraries."""
-MICRO_TOKENS = 4096
-"""Tokens of the passes that a CPU trains by."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,19 @@ class Plan:
             for arm in suite.arms_at(size)
             if seed in suite.seeds_of(arm, size) and not self.cells[arm.name, size.name].pending
         ]
+
+    @property
+    def caution(self) -> str:
+        """What to know of tokens and memory where arms' rows are not alike; empty where they are."""
+        topologies = {cell.recipe.model.topology for cell in self.cells.values()}
+        if len(topologies) < 2 or "encoder-decoder" not in topologies:
+            return ""
+        return (
+            "Tokens are positions, padding among them, and an encoder-decoder's are those of both its stacks, each of "
+            "which crosses one of them: equal tokens are about equal text where equally much is padding. Memory that "
+            f"is not matched is by arithmetic, with the activations of {PASS:,} positions for every arm; what a run "
+            "took in the end is measured."
+        )
 
     @property
     def calibrations(self) -> list[Run]:
@@ -208,10 +219,10 @@ def chosen(runs: Iterable[Run], arms: Sequence[str], sizes: Sequence[str]) -> li
 def bytes_needed(run: Run) -> int:
     """Memory of one training process on a CPU, by arithmetic."""
     recipe, found = run.recipe, run.cell.cost
-    rows = max(1, min(MICRO_TOKENS, recipe.batch.tokens) // recipe.model.context)
-    tokens = rows * recipe.model.context
-    mask = 5 * rows * recipe.model.context**2
-    return PROCESS_BYTES + found.bytes.fixed + activation_bytes(found.shape, tokens, 4) + mask
+    row = found.shape.row_positions
+    rows = max(1, min(PASS, recipe.batch.tokens) // row)
+    mask = 5 * rows * row**2
+    return PROCESS_BYTES + found.bytes.fixed + activation_bytes(found.shape, rows * row, 4) + mask
 
 
 def room(runs: Sequence[Run]) -> int:

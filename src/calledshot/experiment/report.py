@@ -19,6 +19,8 @@ SPEED_TOLERANCE = 0.02
 """Share by which FLOPs a token, or the seconds of a run, differ at least where a remark is made of it."""
 MISSED = 0.05
 """Share by which the seconds of an arm that is matched by them may be off before that is said."""
+PADDED = 0.05
+"""Share of all positions by which padding may be more than the baseline's before that is said."""
 MOVED = 0.02
 """Share of all parameters that has to move from the feed-forward to the embedding, or back, to be named."""
 
@@ -50,12 +52,24 @@ class Row:
     seconds: float | None
     tokens_per_second: float | None
     memory: float | None
+    padding: float | None
+    """Share of the training positions that held nothing."""
+    more_padding: float | None
+    """That less the baseline's."""
     decode: float | None
     stability: Stability
     effect: Effect | None
     """Against the baseline; None for the baseline itself."""
     by_flops: Budget | None
     by_seconds: Budget | None
+
+    @property
+    def differs(self) -> str:
+        """What is not matched, and padding where there is much more of it."""
+        if self.more_padding is None or self.more_padding <= PADDED:
+            return differences(self.unmatched)
+        padding = f"padding {100 * self.more_padding:+.0f} points"
+        return ", ".join([*([differences(self.unmatched)] if self.unmatched else []), padding])
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,12 @@ def row(plan: Plan, cell: Cell, runs: Sequence[Outcome], analysis: Analysis, lab
         return statistics.fmean(values) if values else None
 
     names = dict.fromkeys(name for one in results for name in one.measures)
+    theirs = [
+        one.padding
+        for one in runs
+        if (one.arm, one.size) == (plan.suite.baseline, key[1]) and one.counts and one.padding is not None
+    ]
+    padding = mean(lambda one: one.padding)
     return Row(
         arm=key[0],
         size=key[1],
@@ -152,6 +172,8 @@ def row(plan: Plan, cell: Cell, runs: Sequence[Outcome], analysis: Analysis, lab
         seconds=mean(lambda one: one.seconds),
         tokens_per_second=mean(lambda one: one.speed),
         memory=max((one.memory for one in results if one.memory), default=None),
+        padding=padding,
+        more_padding=padding - statistics.fmean(theirs) if padding is not None and theirs else None,
         decode=max((one.decode for one in results if one.decode), default=None),
         stability=analysis.stability.get(key, Stability(0, 0, 0, 0)),
         effect=analysis.effect(*key) if cell.arm is not plan.suite.reference else None,
@@ -271,6 +293,8 @@ def notes(plan: Plan, runs: Sequence[Outcome], analysis: Analysis) -> list[str]:
     done = sum(one.state == "done" for one in runs)
     if done < len(runs):
         found.append(f"{done} of {len(runs)} runs are done: what is missing is not in the verdicts.")
+    if plan.caution:
+        found.append(plan.caution)
     if plan.suite.overrides:
         found.append(f"Every run was given {' '.join(plan.suite.overrides)}.")
     if not any(analysis.noise.values()) and done:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from calledshot import __version__
-from calledshot.experiment import Effect, Report, Row, differences
+from calledshot.experiment import Effect, Report, Row
 from calledshot.recipe import UsageError
 from calledshot.rundir import atomic_write
 
@@ -58,7 +58,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     filters = (figures.count, figures.power, figures.size, figures.significant, figures.whole, figures.duration)
     environment.filters.update({write.__name__: write for write in filters})
-    environment.filters.update(bits=bits, gap=gap, shares=differences)
+    environment.filters.update(bits=bits, gap=gap)
     return environment.from_string(page_file("ablation.html"))
 
 

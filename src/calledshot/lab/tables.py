@@ -176,6 +176,13 @@ def _memory(view: View) -> Figure:
     return Figure(figures.size(seen), "metrics.jsonl: largest memory_bytes") if seen else Figure()
 
 
+def _packing(view: View) -> Figure:
+    share = finite(view.summary.get("packing_loss"))
+    if share is None:
+        return Figure()
+    return Figure(f"{100 * share:.1f} %", "summary.json: packing_loss")
+
+
 def _goodput(view: View) -> Figure:
     share = finite(view.summary.get("goodput"))
     if share is None:
@@ -237,6 +244,7 @@ def efficiency(views: Sequence[View], price: float | None = None) -> list[Line]:
         line("… non-embedding", lambda view: _parameters(view, "non_embedding"), "without embedding and head"),
         line("… active", lambda view: _parameters(view, "active"), "used for one token"),
         line("Training tokens", logged("tokens", figures.count, "metrics.jsonl: tokens")),
+        line("Packing loss", _packing, "share of these that are padding"),
         line("FLOPs a token", _flops_per_token, "forward and backward"),
         line("FLOPs", _flops, "of the whole run, from the model's structure"),
         line("Time up", hours, "gaps between restarts left out, lost work counted"),
