@@ -48,6 +48,44 @@ def test_runs_shows_true_states(lab, capsys):
     assert lines[2].split()[:4] == ["demo", "done", "50/50", "410k"]
 
 
+def with_an_encoder(run: Path, context: int = 256, marked: bool = True) -> None:
+    """Makes a run's held-out numbers those of an encoder-decoder."""
+    recipe = (run / "recipe.toml").read_text()
+    recipe = recipe.replace("context = 256", f'context = {context}\ntopology = "encoder-decoder"')
+    (run / "recipe.toml").write_text(
+        recipe.replace("tokens = 8192", "tokens = 16384") + '\n[objective]\nkind = "span"\n'
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    for row in summary["final"].values() if marked else ():
+        row["predicted"] = "suffixes"
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_suffixes_are_told_from_whole_documents(lab, capsys):
+    write_run(lab / "runs" / "both", steps=50, restart=None)
+    write_run(lab / "runs" / "older", steps=50, restart=None)
+    with_an_encoder(lab / "runs" / "both")
+    with_an_encoder(lab / "runs" / "older", context=512, marked=False)
+    assert main(["runs", "--json"]) == 0
+    found = {one["name"]: one["predicted"]["python"] for one in json.loads(capsys.readouterr().out)}
+    assert found == {"demo": "whole", "wide": "whole", "both": "suffixes", "older": "suffixes"}
+    assert main(["runs"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "(suffixes)" in lines["both"] and "(suffixes)" in lines["older"] and "(suffixes)" not in lines["demo"]
+
+    assert main(["diff", "demo", "both"]) == 0
+    captured = capsys.readouterr()
+    row = next(line for line in captured.out.splitlines() if line.startswith("Held-out bits per byte, python"))
+    assert row.endswith("(suffixes)") and row.count("(suffixes)") == 1
+    assert "these numbers do not compare; `shot eval --predict suffixes`" in captured.err
+    assert main(["diff", "both", "older"]) == 0
+    assert "(contexts of 256 and 512), so these suffixes are not the same text" in capsys.readouterr().err
+    assert main(["diff", "demo", "demo"]) == 0
+    assert "suffixes" not in "".join(capsys.readouterr())
+    assert main(["report", "both"]) == 0
+    assert "bits per byte on suffixes of held-out python" in (lab / "report.html").read_text()
+
+
 def test_runs_of_an_empty_lab(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["runs", "--json"]) == 0

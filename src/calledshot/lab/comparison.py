@@ -10,8 +10,8 @@ from calledshot.recipe import to_dict
 
 from . import figures
 from .evaluations import differences as document_differences
-from .figures import finite, flatten
-from .tables import comparability, efficiency
+from .figures import flatten
+from .tables import comparability, efficiency, unlike
 from .view import View, open_view
 
 _ALWAYS_DIFFERENT = ("command", "incarnation", "pid", "time", "available_bytes")
@@ -70,15 +70,24 @@ def compare(a: Any, b: Any) -> Comparison:
         for line in efficiency(views)
         if any(cell.text != figures.MISSING for cell in line.cells)
     ]
+    notes = []
     for source in dict.fromkeys(source for view in views for source in view.sources):
+        measured = [view.final(source)[0] for view in views]
+        marks = [
+            " (suffixes)" if view.predicted(row) == "suffixes" else ""
+            for view, row in zip(views, measured, strict=True)
+        ]
         for key, label in (("bits_per_byte", "bits per byte"), ("loss", "loss")):
-            values = [finite(view.final(source)[0].get(key)) for view in views]
-            rows.append(Difference(f"Held-out {label}, {source}", [figures.nats(value) for value in values]))
+            texts = [figures.nats(row.get(key)) for row in measured]
+            marked = [text if text == figures.MISSING else text + mark for text, mark in zip(texts, marks, strict=True)]
+            rows.append(Difference(f"Held-out {label}, {source}", marked))
+        if asked := unlike(views, source):
+            notes.append(f"{source}: {asked}")
     return Comparison(
         names=[view.name for view in views],
         recipe=recipe_differences(views),
         environment=environment_differences(views),
         results=rows,
-        notes=[*comparability(views), *document_differences(views)],
+        notes=[*comparability(views), *notes, *document_differences(views)],
         warnings=[f"{view.name}: {warning}" for view in views for warning in view.warnings],
     )

@@ -31,6 +31,8 @@ class Entry:
     """Last training loss in nats per token."""
     held_out: dict[str, float]
     """Last bits per byte by held-out source."""
+    predicted: dict[str, str]
+    """What these are of, by source: `whole` documents or `suffixes`, which do not compare."""
     tokens_per_second: float | None
     """The summary's, else the last step's."""
     heartbeat: str | None
@@ -53,8 +55,9 @@ def entry(run: RunDirectory) -> Entry:
     measured = [
         row for row in view.attempt("validation.jsonl", lambda: run.tail("validation"), []) if lasts(row, latest)
     ]
-    bits = {str(row.get("source")): row.get("bits_per_byte") for row in measured}
-    bits |= {source: view.final(source)[0].get("bits_per_byte") for source in view.sources}
+    last = {str(row.get("source")): row for row in measured}
+    last |= {source: view.final(source)[0] for source in view.sources}
+    bits = {source: known for source, row in last.items() if (known := finite(row.get("bits_per_byte"))) is not None}
 
     def whole(*values: object) -> int | None:
         return max((int(known) for value in values if (known := finite(value)) is not None), default=None)
@@ -68,7 +71,8 @@ def entry(run: RunDirectory) -> Entry:
         total_steps=whole(view.status.get("total_steps")),
         tokens=whole(view.status.get("tokens"), latest.get("tokens")),
         loss=finite(latest.get("loss")),
-        held_out={source: known for source, value in bits.items() if (known := finite(value)) is not None},
+        held_out=bits,
+        predicted={source: view.predicted(last[source]) for source in bits},
         tokens_per_second=finite(view.summary.get("tokens_per_second")) or finite(latest.get("tokens_per_second")),
         heartbeat=str(heartbeat) if moment(heartbeat) is not None else None,
         tags=view.tags,
@@ -105,7 +109,8 @@ def cells(found: Sequence[Entry], now: float | None = None) -> list[tuple[str, .
     for one in found:
         alive = moment(one.heartbeat)
         age = figures.duration(max(0.0, at - alive)).split()[:2] if alive is not None else [MISSING]
-        bits = [figures.nats(value) if len(one.held_out) == 1 else f"{source} {figures.nats(value)}"
+        bits = [(figures.nats(value) if len(one.held_out) == 1 else f"{source} {figures.nats(value)}")
+                + (" (suffixes)" if one.predicted[source] == "suffixes" else "")
                 for source, value in one.held_out.items()]  # fmt: skip
         rows.append(
             (

@@ -66,7 +66,7 @@ def results(views: Sequence[View]) -> list[Result]:
     for source in dict.fromkeys(source for view in views for source in view.sources):
         entries: list[tuple[str, float, float | None, int | None, str]] = []
         notes: list[str] = []
-        per_token, predicted = set(), set()
+        per_token = set()
         for place, view in enumerate(views):
             row, origin = view.final(source)
             bits = finite(row.get("bits_per_byte"))
@@ -77,16 +77,10 @@ def results(views: Sequence[View]) -> list[Result]:
             entries.append((view.name, bits, finite(row.get("loss")), place, detail))
             if (density := finite(row.get("bytes_per_token"))) is not None:
                 per_token.add(figures.significant(density))
-            predicted.add(row.get("predicted") or "whole")
             if (evaluated := finite(row.get("bytes_evaluated"))) is not None and origin.startswith("validation"):
                 notes.append(f"{view.name}: from the first {figures.size(evaluated)} of the held-out text only.")
-        if predicted == {"suffixes"}:
-            notes.append("Of each piece the part after a prefix: not comparable with whole documents.")
-        elif len(predicted) > 1:
-            notes.append(
-                "Some runs predict whole documents and others, with an encoder, their suffixes: these numbers do not "
-                "compare; `shot eval --predict suffixes` asks all for the same."
-            )
+        if asked := unlike(views, source):
+            notes.append(asked)
         elif len(per_token) == 1:
             notes.append(f"{per_token.pop()} bytes per token.")
         elif per_token:
@@ -101,6 +95,34 @@ def results(views: Sequence[View]) -> list[Result]:
         bars = [Bar(label, bits, loss, run, detail, bits / longest) for label, bits, loss, run, detail in entries]
         found.append(Result(source, bars, notes))
     return found
+
+
+def unlike(views: Sequence[View], source: str) -> str:
+    """What to know of the runs' numbers for a source where some are of suffixes; empty where all are of whole
+    documents."""
+    kinds, contexts = set(), set()
+    for view in views:
+        row, _ = view.final(source)
+        if finite(row.get("bits_per_byte")) is None:
+            continue
+        kinds.add(view.predicted(row))
+        if view.recipe is not None:
+            model = view.recipe.model
+            contexts.add(min(model.context, model.encoder_context or model.context))
+    if "suffixes" not in kinds:
+        return ""
+    if len(kinds) > 1:
+        return (
+            "Some runs predict whole documents and others, with an encoder, their suffixes: these numbers do not "
+            "compare; `shot eval --predict suffixes` asks all for the same."
+        )
+    text = "Of each piece the part after a prefix: not comparable with whole documents."
+    if len(contexts) > 1:
+        text += (
+            f" The runs' pieces are not equally long (contexts of {' and '.join(f'{n:,}' for n in sorted(contexts))}), "
+            "so these suffixes are not the same text and do not compare with each other either."
+        )
+    return text
 
 
 def devices(view: View) -> tuple[int | None, str]:
@@ -128,9 +150,10 @@ def headline(view: View) -> str:
         on = f" on {number} × {name}" if number else " on CPU" if number == 0 else ""
         parts.append(f"{figures.duration(view.history.seconds)}{on}")
     for source in view.sources[:1]:
-        bits = finite(view.final(source)[0].get("bits_per_byte"))
-        if bits is not None:
-            parts.append(f"{figures.nats(bits)} bits per byte on held-out {source}")
+        row, _ = view.final(source)
+        if (bits := finite(row.get("bits_per_byte"))) is not None:
+            of = "suffixes of " if view.predicted(row) == "suffixes" else ""
+            parts.append(f"{figures.nats(bits)} bits per byte on {of}held-out {source}")
     return " · ".join(parts) or "nothing measured yet"
 
 

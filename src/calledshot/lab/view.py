@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +133,12 @@ class View:
         if not rows:
             return {}, ""
         return rows[-1], f"validation.jsonl: step {number(rows[-1], 'step') or 0:.0f}"
+
+    def predicted(self, measured: Mapping[str, Any]) -> str:
+        """What a held-out measurement of this run is of: `whole` documents or the `suffixes` of their pieces, which is
+        all that an encoder-decoder can be asked for."""
+        encodes = self.recipe is not None and self.recipe.model.topology == "encoder-decoder"
+        return str(measured.get("predicted") or ("suffixes" if encodes else "whole"))
 
     @property
     def references(self) -> list[Reference]:
