@@ -6,11 +6,13 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from calledshot.recipe.errors import RunError, UsageError
@@ -23,11 +25,17 @@ from calledshot.rundir.files import (
     write_failure,
     write_json,
 )
+from calledshot.rundir.retention import Keep
 
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL, _TRASH, _OLD = ".partial-", ".trash-", ".old-"
+_BEGUN, _SEAL = ".begun.json", ".seal-{}.json"
 _THREADS = 8  # hashlib and fsync both leave Python's lock
+_DAMAGED = (OSError, RunError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
+_WATCH_SECONDS = 0.02
 MANIFEST, VERIFIED, LATEST = "manifest.json", "verified.json", "latest"
+Agree = Callable[[str | None], str | None]
+"""Gives every rank the first fault that any rank found, None where none did."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,12 @@ class CheckpointFound:
 class Checkpoints:
     """The checkpoints of the run at `path`, one folder a step: `checkpoints/step-0001000/` with `manifest.json`.
 
-    A save is `begin_checkpoint`, files written into the folder it gives (by any number of ranks), `publish_checkpoint`;
-    one at a time. Until published, nothing of it counts, and what a killed save left goes at the next one. Large files
-    are best written by `write_checkpoint_file`, which publishing then need not read again.
+    A save is `begin_checkpoint`, files written into the folder it gives, `publish_checkpoint`; one at a time. Until
+    published, nothing of it counts, and what a killed save left goes at the next one. Large files are best written by
+    `write_checkpoint_file`, which publishing then need not read again.
+
+    Several processes need nothing but the file system for it: rank 0 begins with a token that all of them know; the
+    others `join_checkpoint`, write their files and `seal_checkpoint`; rank 0 does `await_seals` before it publishes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,8 +72,11 @@ class Checkpoints:
         """Where the files of a checkpoint that is being written go; the same on every rank."""
         return self.folder / f"{_PARTIAL}{self.checkpoint_path(step).name}"
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """Clears what interrupted saves left and returns the empty folder to write into. Only one process calls it."""
+    def begin_checkpoint(self, step: int, token: str = "") -> Path:
+        """Clears what interrupted saves left and returns the empty folder to write into. Only one process calls it.
+
+        `token` tells those who join this save from an earlier attempt at the same step.
+        """
         partial = self.partial_checkpoint_path(step)
         self._sealed.clear()
         try:
@@ -70,7 +84,56 @@ class Checkpoints:
             partial.mkdir(parents=True)
         except OSError as error:
             raise write_failure(partial, error) from error
+        if token:
+            write_json(partial / _BEGUN, token)
         return partial
+
+    def join_checkpoint(self, step: int, token: str, deadline_seconds: float) -> Path:
+        """Waits until rank 0 has begun the save with that token, and gives the folder to write into. RunError past the
+        deadline."""
+        partial = self.partial_checkpoint_path(step)
+        self._sealed.clear()
+        deadline = time.monotonic() + deadline_seconds
+        while _read_or_none(partial / _BEGUN) != token:
+            if time.monotonic() > deadline:
+                raise RunError(f"{partial}: rank 0 did not begin this save within {deadline_seconds:g} seconds")
+            time.sleep(_WATCH_SECONDS)
+        return partial
+
+    def seal_checkpoint(self, step: int, rank: int, fault: str = "") -> None:
+        """Says to rank 0 that all that this rank writes is on the disk, or what went wrong instead."""
+        files = {path.name: entry for path, entry in self._sealed.items()}
+        write_json(self.partial_checkpoint_path(step) / _SEAL.format(rank), {"files": files, "fault": fault})
+
+    def await_seals(self, step: int, world: int, deadline_seconds: float) -> None:
+        """Waits for the seals of ranks 1 to `world` - 1.
+
+        RunError with the first fault that one tells, or when nothing has been written for the time of the deadline.
+        """
+        partial = self.partial_checkpoint_path(step)
+        missing, written = set(range(1, world)), -1
+        changed = time.monotonic()
+        while missing:
+            for rank in sorted(missing):
+                seal = _read_or_none(partial / _SEAL.format(rank))
+                if seal is None:
+                    continue
+                if seal["fault"]:
+                    raise RunError(seal["fault"])
+                self._sealed |= {partial / name: entry for name, entry in seal["files"].items()}
+                missing.discard(rank)
+            size = sum(entry.stat().st_size for entry in os.scandir(partial))
+            if size != written:
+                written, changed = size, time.monotonic()
+            elif time.monotonic() > changed + deadline_seconds:
+                raise RunError(
+                    f"{partial}: rank {min(missing)} has not finished its part, and nothing was written for "
+                    f"{deadline_seconds:g} seconds; resume from the checkpoint before"
+                )
+            if missing:
+                time.sleep(_WATCH_SECONDS)
+        for name in (_BEGUN, *(_SEAL.format(rank) for rank in range(1, world))):
+            (partial / name).unlink()
 
     def write_checkpoint_file(self, step: int, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Writes a file of the checkpoint that is being written, and flushes it to the disk; several threads may, each
@@ -89,12 +152,12 @@ class Checkpoints:
             os.fsync(file.fileno())
         self._sealed[path] = {"bytes": size, "sha256": sha256.hexdigest()}
 
-    def publish_checkpoint(self, step: int, incarnation: int = 0) -> Path:
+    def publish_checkpoint(self, step: int, incarnation: int = 0, *, latest: bool = True) -> Path:
         """Makes what was written under `partial_checkpoint_path(step)` the checkpoint of that step, and the latest.
 
         Every file that was not yet is flushed to the disk and hashed, then the manifest is written, then the folder
-        gets its name, then `latest` moves. An earlier checkpoint of the same step is replaced. RunError when the disk
-        is full; older checkpoints are untouched.
+        gets its name, then `latest` moves, unless told not to. An earlier checkpoint of the same step is replaced.
+        RunError when the disk is full; older checkpoints are untouched.
         """
         partial, final = self.partial_checkpoint_path(step), self.checkpoint_path(step)
         old = self.folder / f"{_OLD}{final.name}"
@@ -116,7 +179,8 @@ class Checkpoints:
                 final.rename(old)
             partial.rename(final)
             sync_folder(self.folder)
-            atomic_write(self.folder / LATEST, f"{final.name}\n")
+            if latest:
+                atomic_write(self.folder / LATEST, f"{final.name}\n")
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise write_failure(partial, error) from error
@@ -159,14 +223,17 @@ class Checkpoints:
         """Step of the checkpoint to continue from, by name and size alone; None when there is none."""
         return next(iter(self._candidates()), None)
 
-    def latest_checkpoint(self, verify: bool = True) -> CheckpointFound | None:
+    def latest_checkpoint(
+        self, verify: bool = True, *, share: tuple[int, int] = (0, 1), agree: Agree | None = None
+    ) -> CheckpointFound | None:
         """The newest checkpoint whose hashes are right; None when no save was ever finished.
 
         Damaged ones are passed over and named in the answer. RunError when there are some and every one is damaged.
+        Of several ranks, `share` (rank, ranks), each hashes some of the files, and `agree` tells them of each other.
         """
         passed_over: list[str] = []
         for step in self._candidates(complete=False):
-            fault = self._verify(step) if verify else self._fault(step, hashes=False)
+            fault = self._verify(step, share, agree) if verify else self._fault(step, hashes=False)
             if fault is None:
                 return CheckpointFound(step, self.checkpoint_path(step), tuple(passed_over))
             passed_over.append(fault)
@@ -176,41 +243,79 @@ class Checkpoints:
             )
         return None
 
-    def verify(self, step: int) -> None:
-        """Checks every file of a checkpoint against its hash.
+    def verify(self, step: int, *, share: tuple[int, int] = (0, 1), agree: Agree | None = None) -> None:
+        """Checks every file of a checkpoint against its hash; several ranks do so as in `latest_checkpoint`.
 
         RunError names the damaged file and the checkpoint to fall back on; UsageError when there is none of that step.
         """
         if not self.checkpoint_path(step).is_dir():
             known = ", ".join(map(str, self.complete_checkpoints())) or "none"
             raise UsageError(f"{self.path}: has no checkpoint of step {step}; complete ones: {known}")
-        if fault := self._verify(step):
+        if fault := self._verify(step, share, agree):
             others = (other for other in self._candidates() if other != step)
-            good = next((other for other in others if self._verify(other) is None), None)
+            good = next((other for other in others if self._verify(other, share, agree) is None), None)
             way_out = (
                 "no other checkpoint is good" if good is None else f"the newest other good checkpoint is step {good}"
             )
             raise RunError(f"{fault}; {way_out}")
 
-    def prune(self, keep: int) -> list[int]:
-        """Deletes old checkpoints and returns their steps.
+    def kept(
+        self, rule: Keep, held_out: Mapping[int, float] | None = None, needed: Mapping[int, str] | None = None
+    ) -> dict[int, str]:
+        """Checkpoints that stay by a rule, and why; empty when not one is good, and then all of them stay.
 
-        Stay: the `keep` newest (at least one), and the newest not found damaged since it was hashed. Where that is not
-        known they are verified now, newest first; when not one is good, nothing is deleted.
+        Whatever the rule, the newest stays that was not found damaged since it was hashed. Where that is not known they
+        are verified now, newest first.
         """
         candidates = self._candidates()
         good = next((step for step in candidates if (self.checkpoint_path(step) / VERIFIED).exists()), None)
         if good is None:
             good = next((step for step in candidates if self._verify(step) is None), None)
         if good is None:
-            return []
-        doomed = sorted(set(self.complete_checkpoints()) - {good, *candidates[: max(keep, 1)]})
+            return {}
+        sizes = {step: self.checkpoint_bytes(step) for step in self.complete_checkpoints()}
+        newest = "newest that is good" if good != candidates[0] else "newest 1"
+        return rule.reasons(sizes, candidates, held_out or {}, {**(needed or {}), good: newest})
+
+    def prune(
+        self, rule: Keep | int, held_out: Mapping[int, float] | None = None, needed: Mapping[int, str] | None = None
+    ) -> list[int]:
+        """Deletes the complete checkpoints that do not stay (`kept`) and returns their steps.
+
+        A number is a rule that keeps so many of the newest.
+        """
+        kept = self.kept(Keep(newest=rule) if isinstance(rule, int) else rule, held_out, needed)
+        doomed = sorted(set(self.complete_checkpoints()) - set(kept)) if kept else []
         for step in doomed:
             path = self.checkpoint_path(step)
             trash = self.folder / f"{_TRASH}{path.name}"
             path.rename(trash)  # so that a half-deleted checkpoint never carries the name of a whole one
             shutil.rmtree(trash, ignore_errors=True)
         return doomed
+
+    def checkpoint_bytes(self, step: int) -> int:
+        """Size of a complete checkpoint, by its manifest."""
+        return sum(entry["bytes"] for entry in self.manifest(step)["files"].values())
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: step, incarnation, time, and bytes and sha256 by file. RunError when it is
+        damaged."""
+        path = self.checkpoint_path(step) / MANIFEST
+        damaged = RunError(f"{path}: is missing or damaged, so the checkpoint is not complete")
+        try:
+            manifest = read_json(path)
+            files = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+            }
+        except _DAMAGED as error:
+            raise damaged from error
+        for name, (size, sha256) in files.items():
+            place = PurePosixPath(name)
+            if place.is_absolute() or ".." in place.parts or "\0" in name:
+                raise RunError(f"{path}: names {name!r}, which is not a file of its folder")
+            if size < 0 or len(sha256) != 64:
+                raise damaged
+        return manifest
 
     def _candidates(self, complete: bool = True) -> list[int]:
         """Steps to continue from, best first: the latest and those before it; later ones were left by a rollback."""
@@ -224,9 +329,13 @@ class Checkpoints:
             pointer = _NAME.fullmatch((self.folder / LATEST).read_text().strip())
         return sorted((step for step in steps if pointer is None or step <= int(pointer[1])), reverse=True)
 
-    def _verify(self, step: int) -> str | None:
+    def _verify(self, step: int, share: tuple[int, int] = (0, 1), agree: Agree | None = None) -> str | None:
         """What is wrong with a checkpoint, None and a note beside it when its hashes are right."""
-        fault = self._fault(step, hashes=True)
+        fault = self._fault(step, hashes=True, share=share)
+        if agree is not None:
+            fault = agree(fault)
+        if share[0] != 0:
+            return fault
         if fault is None:
             with suppress(RunError):  # a run on a read-only disk can be verified too
                 write_json(self.checkpoint_path(step) / VERIFIED, {"time": utc_now()})
@@ -235,27 +344,37 @@ class Checkpoints:
                 (self.checkpoint_path(step) / VERIFIED).unlink()
         return fault
 
-    def _fault(self, step: int, hashes: bool) -> str | None:
+    def _fault(self, step: int, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | None:
         """What is wrong with a checkpoint, as one line that begins with the damaged file."""
         path = self.checkpoint_path(step)
         try:
-            manifest = read_json(path / MANIFEST)
-            files: dict[str, dict[str, Any]] = manifest["files"]
-            expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-        except (OSError, RunError, KeyError, TypeError, ValueError, AttributeError):
-            return f"{path / MANIFEST}: is missing or damaged, so the checkpoint is not complete"
-        for name, (size, _) in expected.items():
+            files: dict[str, dict[str, Any]] = self.manifest(step)["files"]
+        except RunError as error:
+            return str(error)
+        for name, entry in files.items():
             try:
-                actual = (path / name).stat().st_size
+                found = (path / name).stat()
             except OSError as error:
                 return f"{path / name}: cannot be read ({error.strerror})"
-            if actual != size:
-                return f"{path / name}: has {actual} bytes where its manifest says {size}"
+            if not stat.S_ISREG(found.st_mode):
+                return f"{path / name}: is not a file"
+            if found.st_size != entry["bytes"]:
+                return f"{path / name}: has {found.st_size} bytes where its manifest says {entry['bytes']}"
         if hashes:
+            largest_first = sorted(files, key=lambda name: (-files[name]["bytes"], name))
             with ThreadPoolExecutor(_THREADS) as pool:
-                faults = pool.map(lambda name: _hash_fault(path / name, expected[name][1]), expected)
+                faults = pool.map(
+                    lambda name: _hash_fault(path / name, files[name]["sha256"]), largest_first[share[0] :: share[1]]
+                )
                 return next(filter(None, faults), None)
         return None
+
+
+def _read_or_none(path: Path) -> Any:
+    """A JSON file that another process may not have written yet."""
+    with suppress(RunError, OSError):
+        return read_json(path)
+    return None
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -243,11 +243,11 @@ class RunDirectory(Checkpoints):
             first[incarnation] = min(step, first.get(incarnation, step))
         return standing(rows, first)
 
-    def publish_checkpoint(self, step: int, incarnation: int | None = None) -> Path:
+    def publish_checkpoint(self, step: int, incarnation: int | None = None, *, latest: bool = True) -> Path:
         """As `Checkpoints.publish_checkpoint`; the logs up to it are made to survive a power cut first."""
-        for writer in self._writers.values():
+        for writer in list(self._writers.values()):  # the trainer may open another one meanwhile
             writer.sync()
-        return super().publish_checkpoint(step, self.incarnation if incarnation is None else incarnation)
+        return super().publish_checkpoint(step, self.incarnation if incarnation is None else incarnation, latest=latest)
 
     def close(self) -> None:
         """Closes the logs; the next `writer` opens them again."""
