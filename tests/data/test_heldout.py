@@ -111,21 +111,60 @@ def predicted(made: HeldOut, tokens=0, rows=3):
     selection, found, first = made.select("a", tokens), {}, 0
     for batch in made.batches("a", tokens, rows):
         assert batch.inputs.shape == (rows, made.context)
-        for row in range(rows):
-            if first + row >= selection.rows:
-                assert (batch.documents[row] == -1).all()
-                continue
-            pieces = selection.pieces[selection.row_starts[first + row] : selection.row_starts[first + row + 1]]
-            for number, piece in enumerate(pieces):
-                here = batch.documents[row] == number
-                loss = batch.loss_weights[row] > 0
-                given = batch.inputs[row, here].tolist()
-                if batch.encoded is not None:
-                    given = batch.encoded.inputs[row, batch.encoded.documents[row] == number].tolist()
-                name = selection.names[piece["document"]]
-                found[name, int(piece["start"])] = batch.targets[row, here & loss].tolist(), given
+        found |= pieces_of(batch, selection, first)
         first += rows
     return selection, found
+
+
+def pieces_of(batch, selection, first: int) -> dict:
+    """The same of one batch, whose first row is that of the selection's number `first`."""
+    found = {}
+    for row in range(len(batch.inputs)):
+        if first + row >= selection.rows:
+            assert (batch.documents[row] == -1).all()
+            continue
+        pieces = selection.pieces[selection.row_starts[first + row] : selection.row_starts[first + row + 1]]
+        for number, piece in enumerate(pieces):
+            here = batch.documents[row] == number
+            loss = batch.loss_weights[row] > 0
+            given = batch.inputs[row, here].tolist()
+            if batch.encoded is not None:
+                given = batch.encoded.inputs[row, batch.encoded.documents[row] == number].tolist()
+            name = selection.names[piece["document"]]
+            found[name, int(piece["start"])] = batch.targets[row, here & loss].tolist(), given
+    return found
+
+
+@pytest.mark.parametrize("suffixes", [None, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_no_longer_than_they_need_be_hold_the_same(held_out, name, suffixes):
+    if suffixes and name == "encoder-decoder":
+        pytest.skip("it is asked for suffixes anyhow")
+    options = {"context": 48, "encoder_context": 96 if "encoder" in name else 0, "suffixes": suffixes}
+    selection, expected = predicted(model_of(held_out, name, **options))
+    made = model_of(held_out, name, **options, shortest_row=16)
+    short = made.select("a")
+    longest = made.asking.frame.capacity
+    assert set(short.lengths) <= {*range(16, longest, 16), longest} and len(set(short.lengths)) > 1
+    assert short.tokens == selection.tokens and np.array_equal(short.bytes, selection.bytes)
+    found, first = {}, 0
+    for batch in made.batches("a", 0, 6):
+        count, width = len(batch.inputs), int(short.lengths[first])
+        # As many positions as six of the shortest rows, or a single row.
+        assert count == 1 or count * width <= 6 * 16
+        assert batch.inputs.shape[1] == min(width, 48)
+        if batch.encoded is not None:
+            assert batch.encoded.inputs.shape[1] == min(width, 96)
+        found |= pieces_of(batch, short, first)
+        first += count
+    assert first == short.rows and found == expected
+
+
+def test_short_documents_make_no_long_rows_in_a_long_context(held_out):
+    """The rows of a model that reads 65,536 tokens are no longer than its documents want them."""
+    made = model_of(held_out, "decoder", context=65_536, shortest_row=64)
+    lengths = made.select("a").lengths
+    assert max(lengths) < 1024 and sum(lengths) < 3 * made.select("a").tokens
 
 
 def test_suffixes_are_the_same_for_every_topology_and_objective(held_out):

@@ -77,10 +77,13 @@ def make_run(lab) -> Callable[..., RunDirectory]:
     """Makes a run in the lab with a checkpoint of the model as `fill` leaves it."""
 
     def make(
-        name: str, fill: Callable[[Decoder], None], topology: str = "decoder", kind: str = "causal"
+        name: str, fill: Callable[[Decoder], None], topology: str = "decoder", kind: str = "causal", context: int = 48
     ) -> RunDirectory:
         recipe = small_recipe(lab)
-        recipe = replace(recipe, model=replace(recipe.model, topology=topology), objective=schema.Objective(kind=kind))
+        model = replace(recipe.model, topology=topology, context=context)
+        recipe = replace(
+            recipe, model=model, objective=schema.Objective(kind=kind), batch=schema.Batch(tokens=2 * context)
+        )
         prepared = prepare(recipe, lab)
         run = RunDirectory.create(lab / "runs" / name, recipe_toml=to_toml(recipe), identity=identity(recipe))
         prepared.tokenizer.save(run.path / "tokenizer.json")

@@ -106,6 +106,15 @@ def test_the_training_split_is_the_other_documents(loaded, prepared):
     assert not {*train.names} & {*held_out.names}
 
 
+def test_rows_no_longer_than_their_documents_change_no_number(loaded, prepared, monkeypatch):
+    whole = {predict: score_prepared(loaded, prepared, predict=predict) for predict in ("whole", "suffixes")}
+    monkeypatch.setattr("calledshot.evals.scoring.ROW", 16)
+    for predict, expected in whole.items():
+        for source, scored in score_prepared(loaded, prepared, predict=predict).items():
+            assert scored.nats == pytest.approx(expected[source].nats, rel=1e-5)
+            assert np.array_equal(scored.bytes, expected[source].bytes)
+
+
 def test_scores_are_those_of_the_training_loop(loaded, prepared):
     """`training.evaluation` measures the same documents inside the loop."""
     from calledshot.training.evaluation import evaluate as in_loop

@@ -47,6 +47,46 @@ def test_runs_stand_side_by_side(random_run, uniform_run, capsys):
     assert set(kept["references"]["prose"]) == {"xz -9e", "xz -9e given the training text"}
 
 
+def test_what_is_known_of_compressors_stays(make_run, random_weights, capsys):
+    run = make_run("squeezed", random_weights)
+    assert main(["eval", "squeezed", "--source", "prose", "--compressors"]) == 0
+    first = run.evals()["held-out-prose-step-0000007"]
+    assert main(["eval", "squeezed", "--source", "prose", "--dtype", "bfloat16"]) == 0
+    second = run.evals()["held-out-prose-step-0000007"]
+    assert second["references"] == first["references"] and second["dtype"] == "bfloat16"
+    assert second["sources"] != first["sources"]
+
+
+def test_one_run_that_cannot_be_evaluated_stops_no_other(random_run, uniform_run, lab, tmp_path, capsys):
+    lost = tmp_path / "elsewhere" / "lost"
+    shutil.copytree(random_run.path, lost)
+    (lost / "data.json").write_text(json.dumps({**random_run.load("data"), "folder": "gone"}))
+    assert main(["eval", str(lost), "uniform", "random", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert [one["run"] for one in json.loads(captured.out)] == ["uniform", "random"]
+    (complaint,) = [line for line in captured.err.splitlines() if line.startswith("shot: ")]
+    assert str(lost) in complaint
+    assert main(["eval", str(lost), str(lost)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 2
+
+
+def test_unlike_numbers_are_not_subtracted(make_run, random_weights, random_run, capsys):
+    """Suffixes of pieces of other lengths, and of an encoder-decoder, which has no others."""
+    make_run("wider", random_weights, context=96)
+    make_run("both", random_weights, "encoder-decoder", "span")
+    assert main(["eval", "random", "wider", "--predict", "suffixes", "--source", "prose"]) == 0
+    captured = capsys.readouterr()
+    assert "The runs read pieces of 44 and 92 tokens" in captured.err and "other text" in captured.out
+    assert main(["eval", "random", "both", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "were not asked for the same (held-out, held-out-suffixes)" in captured.err
+    assert "less_first" not in json.loads(captured.out)[1]
+    assert main(["eval", "random", "both", "--predict", "suffixes"]) == 0
+    captured = capsys.readouterr()
+    assert "compare" not in captured.err and "p = " in captured.out
+
+
 def test_a_copy_without_its_lab_says_what_it_lacks(random_run, lab, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "backup" / "random"
     shutil.copytree(random_run.path, copy)

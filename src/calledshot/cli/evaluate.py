@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from calledshot.cli.arguments import Json, print_json, table
-from calledshot.recipe import UsageError, units
+from calledshot.recipe import ShotError, UsageError, units
 
 if TYPE_CHECKING:
     from calledshot.evals import Evaluation, Measure, Scored
@@ -46,35 +46,65 @@ def eval_(
         Parameter(help="Of the matmuls; auto takes what the run was trained in."),
     ] = "auto",
     json: Json = False,
-) -> None:
+) -> int:
     """Loss, perplexity and bits per byte of held-out documents, by source and language.
 
     Every document is predicted from its beginning, in rows of the model's context, its end included. With `--predict
     suffixes` models of different topologies and objectives predict the same bytes, with `gaps` the same stretches of 16
     tokens: from both sides where they learned to, else from the left. Intervals are 95 %, over documents. What comes
-    out is kept in the run's evals/.
+    out is kept in the run's evals/. One of several runs that cannot be evaluated does not keep the others from it; the
+    exit code is 1 then.
     """
     from calledshot.cli.progress import bar
-    from calledshot.evals import evaluate
+    from calledshot.evals import check_question, evaluate
     from calledshot.rundir import find_lab, resolve_checkpoint
 
     if not runs:
         raise UsageError("eval needs a run: `shot eval RUN`; `shot runs` lists those that are")
     lab = find_lab()
     checkpoints = [resolve_checkpoint(reference, lab) for reference in runs]
+    check_question(tokens=tokens, split=split, predict=predict, texts=text, with_compressors=compressors)
+    evaluations, failures = [], []
     with bar() as progress:
-        evaluations = [
-            evaluate(run, step, sources=source, tokens=tokens, split=split, predict=predict, texts=text,
-                     with_compressors=compressors, dtype=dtype, progress=progress)
-            for run, step in checkpoints
-        ]  # fmt: skip
+        for run, step in checkpoints:
+            try:
+                made = evaluate(run, step, sources=source, tokens=tokens, split=split, predict=predict, texts=text,
+                                with_compressors=compressors, dtype=dtype, progress=progress)  # fmt: skip
+            except ShotError as error:
+                if len(checkpoints) == 1:
+                    raise
+                failures.append(str(error))
+            else:
+                evaluations.append(made)
     if json:
         print_json([as_json(each, evaluations[0]) for each in evaluations])
-    else:
+    elif evaluations:
         print(table(rows(evaluations), right=range(2, 8)))
     for each in evaluations:
         each.save()
         print(f"kept in {each.path}", file=sys.stderr)
+    if caution := unlike(evaluations):
+        print(caution, file=sys.stderr)
+    for failure in failures:
+        print(f"shot: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def unlike(evaluations: Sequence[Evaluation]) -> str:
+    """Why the numbers of several runs do not compare; empty where they do."""
+    kinds = list(dict.fromkeys(each.kind for each in evaluations))
+    if len(kinds) > 1:
+        return (
+            f"The runs were not asked for the same ({', '.join(kinds)}): their numbers do not compare; "
+            "`--predict suffixes` asks all for the same."
+        )
+    pieces = sorted({each.pieces for each in evaluations})
+    if len(pieces) > 1:
+        return (
+            f"The runs read pieces of {' and '.join(f'{size:,}' for size in pieces)} tokens: their suffixes are not "
+            "the same text, and the numbers do not compare."
+        )
+    return ""
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
@@ -88,7 +118,8 @@ def rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
         for evaluation in (each for each in evaluations if source in each.scored):
             one = evaluation.scored[source]
             name = f"{evaluation.run.name}@{evaluation.step}"
-            against = "" if evaluation is first else difference(one, first.scored.get(source))
+            same = unlike([first, evaluation]) == ""
+            against = "" if evaluation is first else difference(one, first.scored.get(source)) if same else "other text"
             lines.append(line(name, source, one.measure(), against))
             lines += [line(name, f"  {language}", found) for language, found in one.by_language().items()]
         for name, bits in first.references.get(source, {}).items():
@@ -131,7 +162,8 @@ def as_json(evaluation: Evaluation, first: Evaluation) -> dict[str, Any]:
     from calledshot.evals import compare
 
     differences = {}
-    for source in evaluation.scored.keys() & first.scored.keys() if evaluation is not first else ():
+    comparable = evaluation is not first and not unlike([first, evaluation])
+    for source in evaluation.scored.keys() & first.scored.keys() if comparable else ():
         found = compare(evaluation.scored[source], first.scored[source])
         if found:
             ends = found.difference

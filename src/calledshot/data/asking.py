@@ -4,16 +4,16 @@ and objective want it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 
-from calledshot.data.frames import denoising_of
-from calledshot.data.packing import PIECE, Fitting, pack
+from calledshot.data.frames import denoising_of, shortened
+from calledshot.data.packing import PIECE, Fitting, cut, pack, pack_pieces
 from calledshot.data.scores import Selection
 from calledshot.data.splitting import document_hash
 from calledshot.data.tokenizer import Tokenizer
-from calledshot.objective import Batch, causal, examples, lay_out
+from calledshot.objective import Batch, Frame, causal, examples, lay_out
 from calledshot.objective.chance import uniform, words
 from calledshot.objective.spans import ranges
 from calledshot.recipe import Recipe, UsageError
@@ -38,9 +38,19 @@ class Asking:
     learned nothing but to fill gaps, by a sentinel at the end of the prefix, which has no loss.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, suffixes: bool | None = None, piece: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Tokenizer,
+        suffixes: bool | None = None,
+        piece: int = 0,
+        shortest_row: int = 0,
+    ) -> None:
         """`piece` is the length in pairs that suffixes' pieces are cut to, where models of different contexts are to
         be compared; 0 takes what fits. UsageError where it does not fit.
+
+        With `shortest_row` rows are no longer than the next multiple of it that holds their longest piece: for contexts
+        far longer than most documents. Pieces, and with them every number, stay what they are.
         """
         denoising = denoising_of(recipe, tokenizer)
         self.tokenizer = tokenizer
@@ -55,10 +65,11 @@ class Asking:
         """Mode token put before each piece; empty for none."""
         self.filling = self.suffixes and not whole
         """Whether the suffix is asked for as what fills a gap."""
-        self._cut = self._piece(piece)
+        self.piece = self._piece(piece)
+        """Pairs of the longest piece."""
+        self._shortest = shortest_row if 0 < shortest_row < self.frame.capacity else 0
 
     def _piece(self, asked: int) -> int:
-        """Pairs of the longest piece."""
         context, encoder_context = self.frame.context, self.frame.encoder_context
         if not self.suffixes:
             return context - bool(self.mode)
@@ -85,7 +96,19 @@ class Asking:
     ) -> Selection:
         """D documents packed into rows: their names and languages, their lengths in ids and bytes, both (D,)."""
         hashes = np.array([document_hash(name) for name in names], np.uint64) if self.suffixes else None
-        windows = list(pack([ids], self._fitting(hashes)))
+        whole = self._fitting(hashes, self.frame)
+        lengths: list[np.ndarray] = []
+        if self._shortest:
+            windows = []
+            pieces = cut(ids - 1, 0, whole)
+            needs = self._lengths(pieces, hashes)
+            for length in np.unique(needs).tolist():
+                fitting = self._fitting(hashes, shortened(self.frame, length))
+                for window in pack_pieces(pieces[needs == length], fitting):
+                    windows.append(window)
+                    lengths.append(np.full(len(window[1]), length))
+        else:
+            windows = list(pack([ids], whole))
         pieces = np.concatenate([pieces for pieces, _ in windows]) if windows else np.empty(0, PIECE)
         counts = np.concatenate([counts for _, counts in windows]) if windows else np.empty(0, np.int64)
         splits = None if hashes is None else _splits(pieces, hashes)
@@ -101,17 +124,29 @@ class Asking:
             np.bincount(pieces["document"], predicted, len(ids)).astype(np.int64),
             self.tokenizer.lossless,
             splits,
+            np.concatenate(lengths) if lengths else None,
         )
 
-    def _fitting(self, hashes: np.ndarray | None) -> Fitting:
+    def _fitting(self, hashes: np.ndarray | None, frame: Frame) -> Fitting:
         def places(pieces: np.ndarray) -> np.ndarray:
-            given = 1 if hashes is None else _splits(pieces, hashes)
-            inputs, targets = given + bool(self.mode), pieces["pairs"] + 1 - given
-            if self.filling:
-                inputs, targets = inputs + 1, targets + 2 - pieces["last"]
-            return self.frame.places(inputs, targets)
+            return frame.places(*self._sizes(pieces, hashes))
 
-        return Fitting(self.frame.capacity, np.array([self._cut]), places)
+        return Fitting(frame.capacity, np.array([self.piece]), places)
+
+    def _sizes(self, pieces: np.ndarray, hashes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """int64: inputs and targets of pieces."""
+        given = np.ones(len(pieces), np.int64) if hashes is None else _splits(pieces, hashes)
+        inputs, targets = given + bool(self.mode), pieces["pairs"] + 1 - given
+        if self.filling:
+            inputs, targets = inputs + 1, targets + 2 - pieces["last"]
+        return inputs, targets
+
+    def _lengths(self, pieces: np.ndarray, hashes: np.ndarray | None) -> np.ndarray:
+        """int64: positions of the row that each piece goes into, a multiple of the shortest."""
+        inputs, targets = self._sizes(pieces, hashes)
+        frame = self.frame
+        needs = np.maximum(inputs + frame.aside, targets) if frame.encoder_context else inputs + targets - 1
+        return np.minimum(-(-needs // self._shortest) * self._shortest, frame.capacity)
 
     def _suffix_bytes(self, pieces: np.ndarray, splits: np.ndarray, documents: int, read: Read) -> np.ndarray:
         """(D,) int64: bytes of the text that is predicted of each document."""
@@ -125,15 +160,28 @@ class Asking:
     def batches(self, selection: Selection, read: Read, rows: int, position: int = 0) -> Iterator[Batch]:
         """The rows of a selection in order, `rows` at a time, of the source of that position in the mixture.
 
-        The last batch is filled up with rows of padding, so that all have one shape.
+        The last batch is filled up with rows of padding, so that all have one shape. With a shortest row that is what
+        `rows` are counted in, batches have as many as fit in as many positions, and nothing is filled up.
         """
-        for first in range(0, selection.rows, rows):
-            bounds = selection.row_starts[np.minimum(np.arange(first, first + rows + 1), selection.rows)]
+        for first, count, frame in self._parts(selection, rows):
+            bounds = selection.row_starts[np.minimum(np.arange(first, first + count + 1), selection.rows)]
             part = slice(bounds[0], bounds[-1])
             pieces = selection.pieces[part]
             texts = [read(document, start, pairs + 1) for document, start, pairs, *_ in pieces.tolist()]
             splits = None if selection.splits is None else selection.splits[part]
-            yield self._batch(texts, np.diff(bounds).tolist(), pieces["last"], splits, [position] * rows)
+            yield self._batch(texts, np.diff(bounds).tolist(), pieces["last"], splits, [position] * count, frame)
+
+    def _parts(self, selection: Selection, rows: int) -> Iterator[tuple[int, int, Frame]]:
+        """The first row, the number of rows and the frame of each batch."""
+        if selection.lengths is None:
+            yield from ((first, rows, self.frame) for first in range(0, selection.rows, rows))
+            return
+        starts = np.flatnonzero(np.diff(selection.lengths, prepend=-1))
+        for start, stop in pairwise([*starts.tolist(), selection.rows]):
+            length = int(selection.lengths[start])
+            most = max(1, rows * self._shortest // length)
+            for first in range(start, stop, most):
+                yield first, min(most, stop - first), shortened(self.frame, length)
 
     def _batch(
         self,
@@ -142,11 +190,12 @@ class Asking:
         last: np.ndarray,
         splits: np.ndarray | None,
         sources: list[int],
+        frame: Frame,
     ) -> Batch:
-        specials = self.frame.specials
+        specials = frame.specials
         if splits is None and not self.mode:
             pieces = iter(texts)
-            return causal([list(islice(pieces, count)) for count in counts], sources, self.frame.context, specials.pad)
+            return causal([list(islice(pieces, count)) for count in counts], sources, frame.context, specials.pad)
         if self.filling:
             texts = [ids[:-1] if end else ids for ids, end in zip(texts, last.tolist(), strict=True)]
         lengths = np.array([len(ids) for ids in texts], np.int64)
@@ -164,7 +213,7 @@ class Asking:
             ends = np.cumsum(made.target_lengths)
             made.weights[ends - made.target_lengths] = 0
             made.weights[ends - 1] = last
-        return lay_out(made, counts, sources, self.frame)
+        return lay_out(made, counts, sources, frame)
 
 
 def _splits(pieces: np.ndarray, hashes: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from calledshot.data.tokenizer import Tokenizer
 from calledshot.objective import Denoising, Frame, Specials
 from calledshot.recipe import Recipe, shape
@@ -14,6 +16,11 @@ def frame_of(recipe: Recipe, tokenizer: Tokenizer) -> Frame:
     modes = {mode: tokenizer.special[f"<|{mode}|>"] for mode in MODES}
     specials = Specials(tokenizer.begin, tokenizer.end, tokenizer.pad, tuple(tokenizer.sentinels), modes)
     return Frame(model.topology, model.context, model.encoder_context, specials, model.encoder_pooling)
+
+
+def shortened(frame: Frame, positions: int) -> Frame:
+    """The frame with no more than so many positions in either stack."""
+    return replace(frame, context=min(frame.context, positions), encoder_context=min(frame.encoder_context, positions))
 
 
 def denoising_of(recipe: Recipe, tokenizer: Tokenizer) -> Denoising:

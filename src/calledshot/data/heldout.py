@@ -67,11 +67,19 @@ def documents_of(prepared: Prepared, source: str) -> Documents:
 class HeldOut:
     """The held-out documents of every source, to be predicted as `Asking` says."""
 
-    def __init__(self, prepared: Prepared, recipe: Recipe, suffixes: bool | None = None, piece: int = 0) -> None:
-        """`suffixes` and `piece` are `Asking`'s: a decoder's loss is of whole documents unless they are asked for."""
+    def __init__(
+        self,
+        prepared: Prepared,
+        recipe: Recipe,
+        suffixes: bool | None = None,
+        piece: int = 0,
+        shortest_row: int = 0,
+    ) -> None:
+        """`suffixes`, `piece` and `shortest_row` are `Asking`'s: a decoder's loss is of whole documents unless they are
+        asked for."""
         self.prepared = prepared
         self.context = recipe.model.context
-        self.asking = Asking(recipe, prepared.tokenizer, suffixes, piece)
+        self.asking = Asking(recipe, prepared.tokenizer, suffixes, piece, shortest_row)
         self.sources = tuple(source.name for source in prepared.sources if source.held_out.documents)
         """Names of the sources that have any; a source of a single document has none."""
         self._rows = max(recipe.batch.tokens // self.asking.frame.positions, 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from calledshot.data.frames import denoising_of
+from calledshot.data.frames import denoising_of, shortened
 from calledshot.data.heldout import documents_of
 from calledshot.data.packing import PIECE
 from calledshot.data.prepared import Prepared
@@ -37,13 +37,17 @@ class Infilling:
         source: str,
         count: int = 512,
         lengths: tuple[int, int, int] = (96, 16, 96),
+        longest_row: int = 0,
     ) -> None:
-        """`lengths` are those of left, middle and right, in tokens. UsageError where no document is that long."""
+        """`lengths` are those of left, middle and right, in tokens. Rows are no longer than `longest_row` positions; 0
+        takes the model's. UsageError where no document is that long."""
         self.prepared = prepared
         self.source = source
         self.lengths = lengths
         denoising = denoising_of(recipe, prepared.tokenizer)
         self.denoisers, self.frame = denoising.denoisers, denoising.frame
+        if longest_row:
+            self.frame = shortened(self.frame, longest_row)
         documents = documents_of(prepared, source)
         whole = sum(lengths)
         stretches = (documents.ids - 2) // whole

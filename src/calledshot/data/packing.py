@@ -82,7 +82,7 @@ def pack(lengths: Iterable[np.ndarray], fitting: Fitting | int) -> Iterator[tupl
     held = 0
     first = 0
     for part in lengths:
-        pieces = _cut(np.asarray(part, np.int64) - 1, first, fitting)
+        pieces = cut(np.asarray(part, np.int64) - 1, first, fitting)
         first += len(part)
         full = fills_row(pieces, fitting)
         if full.any():
@@ -101,12 +101,18 @@ def pack(lengths: Iterable[np.ndarray], fitting: Fitting | int) -> Iterator[tupl
         yield _window(np.concatenate(waiting), fitting)
 
 
+def pack_pieces(pieces: np.ndarray, fitting: Fitting) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Windows of rows, as of `pack`, for pieces that are cut already and none of which takes more than a row."""
+    for begin in range(0, len(pieces), WINDOW):
+        yield _window(pieces[begin : begin + WINDOW], fitting)
+
+
 def fills_row(pieces: np.ndarray, fitting: Fitting) -> np.ndarray:
     """bool: the pieces that leave no room for another."""
     return fitting.places(pieces) + fitting.smallest > fitting.capacity
 
 
-def _cut(pairs: np.ndarray, first: int, fitting: Fitting) -> np.ndarray:
+def cut(pairs: np.ndarray, first: int, fitting: Fitting) -> np.ndarray:
     """The pieces of documents `first`, `first + 1`, … that have so many pairs each."""
     most = -(-pairs // fitting.cuts.min())
     local = np.repeat(np.arange(len(pairs)), most)

@@ -62,6 +62,8 @@ class Selection:
     """Whether the tokenizer gives texts back as they were."""
     splits: np.ndarray | None = None
     """(P,) int64: ids of each piece that are given; None where it is the first alone."""
+    lengths: np.ndarray | None = None
+    """(rows,) int64, ascending: positions that each row is laid out in; None where all are the model's whole row."""
 
     @property
     def rows(self) -> int:

@@ -31,6 +31,8 @@ Predict = Literal["auto", "whole", "suffixes", "gaps"]
 """What is predicted of a document: all of it; of each piece the part after a prefix, which every topology can and of
 the same bytes; a stretch in its middle, from both sides by models that learned to fill gaps and else from the left.
 `auto` is all of it, or suffixes where there is an encoder."""
+ROW = 4096
+"""Positions of the rows that documents are put in, or multiples where one is longer, whatever more the model reads."""
 GAPS = 512
 """Gaps of each source."""
 Progress = Callable[[str, int, int], None]
@@ -139,7 +141,8 @@ def score_prepared(
     if split == "train":
         as_if = tuple(replace(source, held_out=source.train) for source in prepared.sources)
         prepared = replace(prepared, sources=as_if)
-    held_out = HeldOut(prepared, loaded.recipe, None if predict in ("auto", "gaps") else predict == "suffixes")
+    suffixes = None if predict in ("auto", "gaps") else predict == "suffixes"
+    held_out = HeldOut(prepared, loaded.recipe, suffixes, shortest_row=ROW)
     if not held_out.sources:
         raise UsageError(f"{prepared.path}: no source holds documents out; evaluate other text with --text FILE")
     for name in sources:
@@ -157,7 +160,7 @@ def score_prepared(
 
 
 def _score_gaps(loaded: Loaded, prepared: Prepared, source: str, progress: Progress | None) -> Scored:
-    gaps = Infilling(prepared, loaded.recipe, source, GAPS)
+    gaps = Infilling(prepared, loaded.recipe, source, GAPS, longest_row=ROW)
     both_sides = any(one.kind == "span" for one in denoisers(loaded.recipe.objective))
     if not both_sides and loaded.model.encoder is not None:
         raise UsageError(f"{loaded.run.path}: an encoder-decoder that learned no gaps cannot fill any")
@@ -182,7 +185,7 @@ def read_texts(files: Sequence[Path]) -> dict[str, str]:
 
 def score_texts(loaded: Loaded, texts: dict[str, str], progress: Progress | None = None) -> Scored:
     """Score texts by name, each one document, put to the model as held-out documents are."""
-    asking = Asking(loaded.recipe, loaded.tokenizer)
+    asking = Asking(loaded.recipe, loaded.tokenizer, shortest_row=ROW)
     documents = [as_array(loaded.tokenizer, text, np.dtype(np.int32)) for text in texts.values()]
 
     def read(document: int, start: int, count: int) -> np.ndarray:
@@ -215,8 +218,9 @@ def _score(model: Decoder, selection: Selection, batches: Iterator[Batch], progr
 
 
 def _rows(model: Decoder) -> int:
-    """Rows of a batch."""
-    return max(1, BATCH_TOKENS.get(model.embedding_VD.device.type, 65_536) // model.config.context)
+    """Rows of a batch, of `ROW` positions at most."""
+    longest = max(model.config.context, model.config.encoder_context)
+    return max(1, BATCH_TOKENS.get(model.embedding_VD.device.type, 65_536) // min(longest, ROW))
 
 
 def _ratio(amounts: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> Interval:
