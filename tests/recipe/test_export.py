@@ -76,4 +76,6 @@ def test_a_demand_is_checked_with_the_recipe():
     (problem,) = found(exportable_to="mixtral")
     assert problem.startswith("model.exportable_to = mixtral: model.qk_norm = true, but it does not normalize")
     assert problem.endswith("MixtralForCausalLM fits with model.qk_norm=false model.experts=8")
-    assert "choose" in found(exportable_to="gpt2")[0]
+    assert found(exportable_to="gpt2") == [
+        "model.exportable_to = 'gpt2': choose llama or qwen3 or qwen3-moe or mixtral or t5, or leave it empty for none"
+    ]

@@ -203,11 +203,19 @@ def test_a_wrong_override_says_what_it_could_have_been(override, named):
         (["data.phases.0.start=1"], "data.phases.0.start", "less than 1"),
         (["data.phases=[{start = 0.5}, {start = 0.5}]"], "data.phases.1.start", "come after"),
         (["data.skip=[4, 4]"], "data.skip", "once"),
+        (["model.top_k=4"], "model.top_k = 4 is for experts", "set model.experts"),
+        (["model.dense_layers=2"], "model.dense_layers", "leave model.dense_layers out"),
+        (["model.router=sigmoid"], "model.router", "set model.experts"),
+        (["model.balance_weight=0"], "model.balance_weight", "set model.experts"),
+        (["model.encoder_pooling=2"], "model.encoder_pooling", "model.topology=encoder-decoder"),
+        (["model.rope_original_context=128"], "model.rope_original_context", "set model.rope_scaling"),
+        (["model.rope_factor=2"], "model.rope_factor", "yarn"),
     ],
 )
 def test_values_that_do_not_fit_together(overrides, keys, way_out):
     message = refusal("demo", *overrides)
     assert keys in message and way_out in message
+    assert len(list(problems(load_recipe("demo", overrides, checked=False)))) == 1
 
 
 def test_problems_lists_all_of_them():

@@ -1,7 +1,7 @@
 """What makes a recipe impossible although every key is of its type; each problem is one line with the way out."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .derived import shape, source_names
 from .errors import UsageError
@@ -50,6 +50,11 @@ CHOICES = {
     "parallel.compile": ("auto", "on", "off"),
     "parallel.activation_checkpointing": ("none", "selective", "full"),
 }
+ENCODERS = ("encoder_layers", "encoder_width", "encoder_hidden", "encoder_context", "encoder_pooling")
+EXPERTS = (
+    *("top_k", "expert_hidden", "shared_expert_hidden", "dense_layers", "router", "renormalize"),
+    *("balance", "balance_weight", "router_z_loss"),
+)
 FORMATS = ("auto", "text", "jsonl", "parquet")
 LARGEST_SEED = 2**63
 LEAST_VOCABULARY = 525
@@ -95,7 +100,8 @@ def ranges(recipe: Recipe) -> Iterator[str]:
     for key, choices in CHOICES.items():
         value = operator.attrgetter(key)(recipe)
         if value not in choices:
-            yield f"{key} = {value!r}: choose {' or '.join(map(str, choices))}"
+            named = " or ".join(str(choice) for choice in choices if choice != "")
+            yield f"{key} = {value!r}: choose {named}{', or leave it empty for none' if '' in choices else ''}"
     name = recipe.optimizer.name
     if name not in ("muon", "adamw") and ".py:" not in name:
         yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"
@@ -124,8 +130,7 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
         yield f"model.kv_heads = {model.kv_heads} does not divide model.heads = {heads}: take one of {fitting}"
     yield from encoder_problems(model)
     yield from rope_problems(model)
-    if model.experts:
-        yield from expert_problems(model)
+    yield from expert_problems(model) if model.experts else unread(model, EXPERTS, "experts", "set model.experts")
     yield from export_problems(model)
     if tokenizer == "bpe" and 0 < model.vocabulary < LEAST_VOCABULARY:
         yield (
@@ -136,15 +141,17 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
         yield "model.vocabulary = 0 needs a tokenizer that exists: set its size, or data.tokenizer to a tokenizer.json"
 
 
+def unread(model: Model, keys: Iterable[str], whose: str, instead: str) -> Iterator[str]:
+    """Keys that were set and that nothing would read: `whose` they are, and what to do `instead`."""
+    for key in keys:
+        if (value := getattr(model, key)) != getattr(Model(), key):
+            yield f"model.{key} = {value} is for {whose}, and there is none: {instead}, or leave model.{key} out"
+
+
 def encoder_problems(model: Model) -> Iterator[str]:
     """Encoders that cannot be, and keys of one that is not there."""
-    keys = ("encoder_layers", "encoder_width", "encoder_hidden", "encoder_context")
     if model.topology != "encoder-decoder":
-        given = [key for key in keys if getattr(model, key)] + ["encoder_pooling"] * (model.encoder_pooling > 1)
-        if given:
-            yield (
-                f'model.{given[0]} = {getattr(model, given[0])} is for an encoder: set model.topology="encoder-decoder"'
-            )
+        yield from unread(model, ENCODERS, "an encoder", "set model.topology=encoder-decoder")
         return
     found = shape(model)
     if model.heads % model.kv_heads or found.encoder is None:
@@ -166,8 +173,8 @@ def encoder_problems(model: Model) -> Iterator[str]:
 def rope_problems(model: Model) -> Iterator[str]:
     """Extensions of RoPE that do not say from where."""
     if model.rope_scaling == "none":
-        if model.rope_factor != 1.0:
-            yield f"model.rope_factor = {model.rope_factor} is for a model.rope_scaling: choose ntk, dynamic or yarn"
+        scaling = "set model.rope_scaling to ntk, dynamic, yarn or llama3"
+        yield from unread(model, ("rope_factor", "rope_original_context"), "a scaling of RoPE", scaling)
         return
     if model.positions != "rope":
         yield f"model.rope_scaling = {model.rope_scaling!r} scales RoPE, and model.positions is {model.positions!r}"
@@ -250,7 +257,7 @@ def data_problems(data: Data) -> Iterator[str]:
         if name in names[:place]:
             yield f"two sources are called {name}: give one another name with data.sources.{place}.name"
     weights = dict(zip(names, (source.weight for source in data.sources), strict=True))
-    if not any(weight > 0 for weight in weights.values()):
+    if all(weight == 0 for weight in weights.values()):
         yield "every data.sources weight is 0: give at least one source a weight"
     if not 0 < data.held_out < 1:
         yield f"data.held_out = {data.held_out} must be more than 0 and less than 1: the model is judged on it"
@@ -271,5 +278,5 @@ def data_problems(data: Data) -> Iterator[str]:
                 yield f"{key}.weights names {name!r}, which is no source: there are {', '.join(names)}"
             if weight < 0:
                 yield f"{key}.weights.{name} = {weight} must not be negative"
-        if not any(weight > 0 for weight in {**weights, **phase.weights}.values()):
+        if all(weight == 0 for weight in {**weights, **phase.weights}.values()):
             yield f"{key} leaves every source without weight"

@@ -7,6 +7,8 @@ from .schema import Denoiser, Objective, Recipe
 
 KINDS = ("causal", "prefix", "span", "ul2", "ul2r", "mixture")
 MODES = ("R", "S", "X")
+READ_BY = {"rate": ("span",), "mean_span": ("span",), "mode_tokens": ("ul2", "ul2r")}
+"""The kinds that read a key of the objective which others have no use for."""
 MOST_DENOISERS = 100
 SHORTEST_CONTEXT = 8
 """Positions in which the shortest piece of a document fits with its mode token, sentinels and end, in every layout."""
@@ -72,6 +74,12 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
             "out"
         )
         return
+    for key, kinds in READ_BY.items():
+        if (value := getattr(objective, key)) != getattr(Objective(), key) and objective.kind not in kinds:
+            yield (
+                f"objective.{key} = {value} is for objective.kind = {' or '.join(kinds)}, and that is "
+                f"{objective.kind!r}: change it, or leave objective.{key} out"
+            )
     if objective.kind == "mixture":
         bad = list(_mixture_problems(objective.denoisers))
         yield from bad
@@ -93,7 +101,7 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _mixture_problems(mixed: tuple[Denoiser, ...]) -> Iterator[str]:
-    if not any(one.weight > 0 for one in mixed):
+    if all(one.weight == 0 for one in mixed):
         yield 'objective.kind = "mixture" draws from objective.denoisers: give at least one, of a weight above 0'
     if len(mixed) > MOST_DENOISERS:
         yield f"objective.denoisers are {len(mixed)}: at most {MOST_DENOISERS}"
