@@ -13,6 +13,7 @@ from huggingface_models import VOCABULARY, loaded, random_decoder, randomize, si
 
 from calledshot.model import Decoder
 from calledshot.model.huggingface import architecture, export_huggingface, load_huggingface
+from calledshot.model.surgery import extended_model
 from calledshot.recipe import RunError, UsageError, schema
 
 SMALL = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2}
@@ -150,6 +151,24 @@ def test_models_saved_by_transformers_are_read(kind, more, tmp_path, transformer
     logits = ours.logits(ours.hidden_states(tokens))
     torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5)
     assert logits.std() > 0.1
+
+
+def test_dynamic_stays_dynamic_and_stretches_as_theirs_does(tmp_path, transformers):
+    """To the length that it was trained at nothing is stretched; past it, ours at the length that it is extended to."""
+    rotary = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=None, eos_token_id=None, rope_parameters=rotary,
+    )  # fmt: skip
+    theirs = randomize(transformers.LlamaForCausalLM(config))
+    theirs.save_pretrained(tmp_path)
+    model, state = load_huggingface(tmp_path)
+    assert (model.rope_scaling, model.rope_factor, model.rope_original_context) == ("dynamic", 4.0, 32)
+    longer = loaded(extended_model(model, 96, factor=model.rope_factor), state)
+    tokens = torch.arange(96)[None]
+    logits = longer.logits(longer.hidden_states(tokens))
+    torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5)
+    assert (logits - loaded(model, state).logits(loaded(model, state).hidden_states(tokens))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["gqa", "moe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def test_a_context_is_extended_and_read_to_its_end(lab: Path, reference: RunDire
 def test_a_quarter_of_a_million_tokens_is_a_recipe(lab: Path, reference: RunDirectory) -> None:
     run = extend(reference, 30, lab, "longest", 262_144, "base", 500.0)
     assert run_recipe(run).model.rope_base == 5e6
+    # Without a factor, as often as the context is longer.
+    assert run_recipe(extend(reference, 30, lab, "based", 64, "base")).model.rope_base == 2e4
     assert shot(lab, "recipe", "memory", str(run.path / "recipe.toml")).code == 0
 
 
@@ -154,6 +157,27 @@ def test_an_imported_model_is_a_run(lab: Path, foreign: Path) -> None:
     assert resumed.code == 0 and "is done" in resumed.said
 
 
+def test_an_imported_recipe_can_be_trained_however_long_the_model_says_it_reads(lab: Path, foreign: Path) -> None:
+    endless = lab / "endless"
+    shutil.copytree(foreign, endless)
+    file = endless / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 1_000_000}))
+    ended = shot(lab, "import", "endless", "--name", "endless")
+    assert ended.code == 0
+    assert "it reads 32,768 of the 1,000,000 tokens that the model names; --context N takes more" in ended.said
+    recipe = run_recipe(RunDirectory.open(lab / "runs" / "endless"))
+    assert (recipe.model.context, recipe.batch.tokens) == (32_768, 8 * 32_768)
+    assert "batch.tokens=262144 optimizer.learning_rate=0.0001 duration.tokens=..." in ended.said
+    ended = shot(lab, "import", "endless", "--context", "32", "--name", "brief")
+    assert ended.code == 0 and "--context N" not in ended.said
+    recipe = run_recipe(RunDirectory.open(lab / "runs" / "brief"))
+    assert (recipe.model.context, recipe.batch.tokens, recipe.duration.tokens) == (32, 64 * 32, 1000 * 64 * 32)
+    own = ("batch.tokens=2048", "duration.tokens=6144", "optimizer.learning_rate=0.0001")  # as "Next" has them
+    trained_on(lab, "brief", 'data.sources=[{ path = "corpus" }]', *own)
+    ended = shot(lab, "import", "foreign", "--context", "64", "--name", "x")
+    assert ended.code == 2 and "the model reads 32 tokens" in ended.complaint
+
+
 def test_an_encoder_decoder_goes_out_as_t5_and_comes_back(lab: Path, train: Train) -> None:
     shape = (
         "model.topology=encoder-decoder", "model.positions=t5", "model.feed_forward=geglu", "model.qk_norm=false",
@@ -188,7 +212,7 @@ def test_a_prefix_model_is_exported_with_a_warning(lab: Path, train: Train) -> N
         (("convert", "upcycle", "reference", "--experts", "4", "--name", "reference"), "is a run already"),
         (("convert", "kv-heads", "reference", "1", "--name", "x"), "it has only one"),
         (("convert", "extend", "reference", "--context", "32", "--name", "x"), "reads 32 tokens already"),
-        (("convert", "extend", "reference", "--context", "64", "--method", "base", "--name", "x"), "--factor"),
+        (("convert", "extend", "reference", "--context", "64", "--factor", "0.5", "--name", "x"), "--factor 0.5"),
         (("import", "nowhere", "--name", "x"), "nowhere: no such folder"),
         (("import", "corpus", "--name", "x"), "config.json: is missing"),
         (("import", "hf:nonsense", "--name", "x"), "hf:OWNER/NAME"),

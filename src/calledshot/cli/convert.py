@@ -78,7 +78,10 @@ def extend(
         Parameter(help="What is done to RoPE: yarn unless said; base multiplies its base, to be trained on."),
     ] = None,
     factor: Annotated[
-        float | None, Parameter(help="How far it is stretched; without it, as often as the context is longer.")
+        float | None,
+        Parameter(
+            help="How far it is stretched; without it, as often as the context is longer, or as an imported model says."
+        ),
     ] = None,
     name: Name,
 ) -> None:
@@ -99,6 +102,9 @@ def import_(
     /,
     *,
     name: Name,
+    context: Annotated[
+        int, Parameter(help="Tokens that it reads; 0 takes the model's own, at most 32,768 unless asked for.")
+    ] = 0,
 ) -> None:
     """Make a run of a Llama, Qwen3, Qwen3-MoE, Mixtral or T5 model, to train on, evaluate or convert.
 
@@ -109,24 +115,27 @@ def import_(
     lab = find_lab()
     from calledshot.training import convert
 
-    made = convert.import_model(source, lab, name)
+    made = convert.import_model(source, lab, name, context)
     lineage = made.load("lineage")
     for theirs, ours in lineage["renamed_tokens"].items():
         if "sentinel" not in ours:
             print(f"{theirs} is {ours}")
     print(f"{lineage['new_rows']} new rows in the embedding")
-    tell(made)
+    recipe = convert.run_recipe(made)
+    own, read = lineage["context"], recipe.model.context
+    if read < own and not context:
+        print(f"it reads {read:,} of the {own:,} tokens that the model names; --context N takes more or fewer")
+    tell(made, f"batch.tokens={recipe.batch.tokens} optimizer.learning_rate={recipe.optimizer.learning_rate:g} ")
 
 
-def tell(run: RunDirectory) -> None:
-    """What was made, and how to train on from it."""
+def tell(run: RunDirectory, settings: str = "") -> None:
+    """What was made, and how to train on from it; `settings` are overrides that show what may be changed."""
     parameters = run.load("summary")["parameters"]
     total, active = parameters["total"], parameters["active"]
     sparse = f" ({active:,} active)" if active != total else ""
     print(f"{run.path}: {total:,} parameters{sparse}. Next:")
-    print(
-        f"  shot train {run.path / 'recipe.toml'} --from {run.name}@0 --name NEW duration.tokens=... data.sources=..."
-    )
+    command = f"shot train {run.path / 'recipe.toml'} --from {run.name}@0 --name NEW"
+    print(f"  {command} {settings}duration.tokens=... data.sources=...")
 
 
 def export(

@@ -25,6 +25,12 @@ from calledshot.training.train import check_name, reference
 
 IMPORTED_OPTIMIZER = schema.Optimizer(name="adamw", learning_rate=1e-4, transfer="none")
 """For a model whose own rates nobody knows: what is usual for going on with one."""
+IMPORTED_CONTEXT = 32_768
+"""Longest context that an imported model gets without being asked: some name a million tokens, or as good as none."""
+IMPORTED_BATCH = 131_072
+"""Tokens of an imported run's batch, as far as they are 8 sequences at least and 64 at most."""
+IMPORTED_STEPS = 1000
+"""Updates of its recipe, until somebody says more."""
 
 
 def upcycle(
@@ -76,20 +82,32 @@ def extend(
     method: surgery.Method | None = None,
     factor: float | None = None,
 ) -> RunDirectory:
-    """A run that reads more tokens (`surgery.extended_model`), with the same weights and optimizer."""
+    """A run that reads more tokens (`surgery.extended_model`), with the same weights and optimizer.
+
+    Without `factor`, `base` takes as many times as the context grows, and an imported `dynamic` its own factor.
+    """
+
+    def change(model: schema.Model) -> schema.Model:
+        own = factor
+        if own is None and method == "base" and model.positions == "rope":
+            own = max(context / model.context, 1.0)
+        elif own is None and model.rope_scaling == "dynamic" and model.context == model.rope_original_context:
+            own = model.rope_factor  # as its configuration has it
+        return surgery.extended_model(model, context, method, own)
+
     settings = {"context": context, "method": method, "factor": factor}
     return _converted(
-        parent, step, lab, name, {"conversion": "extend", **settings},
-        lambda model: surgery.extended_model(model, context, method, factor),
+        parent, step, lab, name, {"conversion": "extend", **settings}, change,
         lambda model, tensors: dict(tensors), lambda model, tensors: dict(tensors),
     )  # fmt: skip
 
 
-def import_model(source: str, lab: Path, name: str) -> RunDirectory:
+def import_model(source: str, lab: Path, name: str, context: int = 0) -> RunDirectory:
     """A run from a Hugging Face folder, or `hf:OWNER/NAME[@REVISION]` (`model.huggingface.import_huggingface`).
 
-    Its recipe holds the model's shape, RoPE and tokenizer, AdamW at 1e-4 with `transfer = "none"`, and for an
-    encoder-decoder T5's objective; data and duration are anyone's.
+    Its recipe holds the model's shape, RoPE and tokenizer, AdamW at 1e-4 with `transfer = "none"`, some sequences a
+    batch, and for an encoder-decoder T5's objective; data and duration are anyone's. `context` is what it reads; 0
+    takes the model's own, at most `IMPORTED_CONTEXT`.
     """
     path = _free(lab, name)
     folder, origin = Path(source), source
@@ -99,22 +117,41 @@ def import_model(source: str, lab: Path, name: str) -> RunDirectory:
     elif not folder.is_dir():
         raise UsageError(f"{source}: no such folder; a model is a folder with a config.json, or hf:OWNER/NAME")
     found = import_huggingface(folder)
-    row = shape(found.model).row_positions
+    model = _reading(found.model, context)
+    row = shape(model).row_positions
+    batch = row * min(max(IMPORTED_BATCH // row, 8), 64)
     recipe = Recipe(
         name=name,
         data=schema.Data(tokenizer=str(Path("runs", name, "tokenizer.json"))),
-        model=found.model,
-        objective=schema.Objective(kind="span" if found.model.topology == "encoder-decoder" else "causal"),
+        model=model,
+        objective=schema.Objective(kind="span" if model.topology == "encoder-decoder" else "causal"),
         optimizer=IMPORTED_OPTIMIZER,
-        batch=schema.Batch(tokens=row),
-        duration=schema.Duration(tokens=row),
+        batch=schema.Batch(tokens=batch),
+        duration=schema.Duration(tokens=IMPORTED_STEPS * batch),
     )
     check(recipe, source)
     lineage = {
         "parent": origin, "step": 0, "fresh_optimizer": True, "conversion": "import",
-        "class": architecture(found.model), "renamed_tokens": found.renamed, "new_rows": found.new_rows,
+        "class": architecture(model), "context": found.model.context, "renamed_tokens": found.renamed,
+        "new_rows": found.new_rows,
     }  # fmt: skip
     return _made(path, recipe, found.tokenizer.to_json(), lineage, found.state)
+
+
+def _reading(model: schema.Model, context: int) -> schema.Model:
+    """An imported model with the context asked for, or else one that can be trained."""
+    if context > model.context and model.positions == "rope":
+        raise UsageError(
+            f"--context {context}: the model reads {model.context:,} tokens; import it as it is, and let "
+            "`shot convert extend` make more of it"
+        )
+    if context and context < model.rope_original_context:
+        raise UsageError(
+            f"--context {context}: its RoPE is scaled from {model.rope_original_context:,} tokens, so it is no less"
+        )
+    if context < 0:
+        raise UsageError(f"--context {context}: must be 1 or more, or 0 for the model's own")
+    return replace(model, context=context or min(model.context, max(IMPORTED_CONTEXT, model.rope_original_context)))
 
 
 def _converted(

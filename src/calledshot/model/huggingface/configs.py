@@ -187,6 +187,7 @@ def _decoder(file: Path, found: Mapping[str, Any], kind: str) -> schema.Model:
     if found.get("sliding_window") and kind == "mixtral":
         raise UsageError(f"{file}: sliding_window = {found['sliding_window']} has no place in this trunk")
     sparse: dict[str, Any] = {}
+    rotary = _read_rotary(file, found)
     if kind == "qwen3-moe":
         dense = sorted(found.get("mlp_only_layers", []))
         if dense != list(range(len(dense))):
@@ -216,17 +217,20 @@ def _decoder(file: Path, found: Mapping[str, Any], kind: str) -> schema.Model:
         head_width=int(found.get("head_dim", width // heads)),
         hidden=int(found["intermediate_size"]),
         vocabulary=int(found["vocab_size"]),
-        context=int(found["max_position_embeddings"]),
+        # What is "dynamic" there is fixed here, and computes the same up to where theirs begins to change.
+        context=rotary["rope_original_context"]
+        if rotary.get("rope_scaling") == "dynamic"
+        else int(found["max_position_embeddings"]),
         tied_embeddings=bool(found.get("tie_word_embeddings", False)),
         qk_norm=kind.startswith("qwen3"),
         norm_epsilon=float(found.get("rms_norm_eps", 1e-6)),
-        **_read_rotary(file, found),
+        **rotary,
         **sparse,
     )
 
 
 def _read_rotary(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE's keys. Up to the context that it names, "dynamic" is RoPE as it is."""
+    """RoPE's keys. Up to the length that it was trained at, "dynamic" is RoPE as it is, here and there."""
     rotary = found.get("rope_scaling") or found.get("rope_parameters") or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     base = float(rotary.get("rope_theta", found.get("rope_theta", 10_000.0)))
@@ -234,18 +238,21 @@ def _read_rotary(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{file}: its rotary embedding ({rotary}) has no place in this trunk, which knows {' and '.join(OWN)}"
         )
-    if kind not in OWN:
+    if kind == "default":
         return {"rope_base": base}
     context = int(found["max_position_embeddings"])
-    original = int(rotary.get("original_max_position_embeddings", context))
+    original = int(rotary.get("original_max_position_embeddings") or context)
     factor = float(rotary.get("factor") or context / original)
+    scaled = {"rope_base": base, "rope_scaling": kind, "rope_factor": factor, "rope_original_context": original}
+    if kind == "dynamic":
+        return scaled
     attention = yarn_attention(factor) if kind == "yarn" else 1.0
     if not math.isclose(float(rotary.get("attention_factor") or attention), attention):
         raise UsageError(f"{file}: attention_factor = {rotary['attention_factor']} of its {kind} has no place here")
     for key, only in OWN[kind].items():
         if rotary.get(key) not in (None, only):
             raise UsageError(f"{file}: {key} = {rotary[key]!r} of its {kind} has no place in this trunk, only {only!r}")
-    return {"rope_base": base, "rope_scaling": kind, "rope_factor": factor, "rope_original_context": original}
+    return scaled
 
 
 def _t5(file: Path, found: Mapping[str, Any]) -> schema.Model:
