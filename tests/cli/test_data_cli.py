@@ -99,6 +99,8 @@ def test_show_prints_what_the_model_reads(lab, capsys):
     assert [[piece["document"] for piece in row] for row in shown["rows"]] == [
         [o.document for o in row] for row in origins
     ]
+    every = json.loads(run(capsys, "show", "r.toml", "--json", "batch.tokens=512").out)
+    assert len(every["rows"]) == every["rows_in_batch"] == 8
     assert "steps count from 1" in run(capsys, "show", "r.toml", "--step", "0", code=2).err
     assert "--rows -1" in run(capsys, "show", "r.toml", "--rows", "-1", code=2).err
 

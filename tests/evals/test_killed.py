@@ -49,7 +49,8 @@ def test_a_killed_export_leaves_no_folder_that_loads_and_is_not_whole(random_run
         export_huggingface(before, config, earlier, tokenizer, shard_bytes=50_000)
 
     def prepare() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, *tmp_path.glob(".*")):
+            shutil.rmtree(left, ignore_errors=True)
         if force:
             shutil.copytree(before, folder)
 
@@ -65,6 +66,10 @@ def test_a_killed_export_leaves_no_folder_that_loads_and_is_not_whole(random_run
         assert (folder / "tokenizer.json").is_file()
         states.update(whole)
     assert states == ({"none", "earlier", "new"} if force else {"none", "new"})
+    # What a killed one leaves under a hidden name goes with the next to the same place.
+    (tmp_path / ".exported.0123456789ab.tmp").mkdir()
+    export_huggingface(folder, config, new, tokenizer, force=True)
+    assert not list(tmp_path.glob(".*"))
 
 
 def same(one: dict, other: dict) -> bool:

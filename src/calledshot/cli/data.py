@@ -65,7 +65,7 @@ def show(
     *overrides: Override,
     run: RunName = "",
     step: Step = 1,
-    rows: Annotated[int, Parameter(help="How many of the batch's rows.")] = 0,
+    rows: Annotated[int, Parameter(help="How many of the batch's rows; 0 shows 4 of a recipe's, all as JSON.")] = 0,
     json: Json = False,
 ) -> None:
     """Decoded batches as the model sees them: boundaries of documents, tokens, loss weights.
@@ -92,7 +92,8 @@ def show(
         with bar() as progress:
             prepared = prepare(loaded, find_lab(), progress)
         batches = Batches(prepared, loaded, steps=cost(loaded).steps if loaded.duration.flops else None)
-    show_step(batches, step, rows or (batches.rows_per_batch if run else 4), documents_only=bool(run), json=json)
+    rows = rows or (batches.rows_per_batch if run or json else 4)
+    show_step(batches, step, rows, documents_only=bool(run), json=json)
 
 
 def recipe_of(run: RunDirectory) -> Recipe:
@@ -144,6 +145,7 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
             {
                 "step": step,
                 "batch": number,
+                "rows_in_batch": batches.rows_per_batch,
                 "rows": [
                     [
                         {**vars(origin), **piece_texts(batch, row, piece, tokenizer)}

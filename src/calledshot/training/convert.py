@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from calledshot.model import surgery
 from calledshot.model.huggingface import architecture, import_huggingface
 from calledshot.recipe import Recipe, UsageError, check, cost, identity, schema, shape, to_toml
 from calledshot.rundir import RunDirectory, atomic_write, is_run
+from calledshot.rundir.drafts import draft_folder
 from calledshot.rundir.files import write_failure
 from calledshot.training import state
 from calledshot.training.load import run_recipe, sized
@@ -220,27 +219,25 @@ def _made(
     parent: RunDirectory | None = None,
 ) -> RunDirectory:
     """A run with a checkpoint of step 0, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     own = [] if recipe.optimizer.name in KNOWN or parent is None else [recipe.optimizer.name.partition(":")[0]]
     try:
-        run = RunDirectory.create(
-            draft,
-            recipe_toml=to_toml(recipe),
-            identity=identity(recipe),
-            lineage=lineage,
-            files=[parent.path / Path(file).name for file in own],  # ty: ignore
-        )
-        atomic_write(draft / "tokenizer.json", tokenizer)
-        if parent is not None and (data := parent.load("data")):
-            run.save("data", data)
-        state.save(run, state.Counters(updates=updates), tensors, optimizer or {})
-        parameters = cost(recipe).parameters
-        counts = {key: getattr(parameters, key) for key in ("total", "non_embedding", "active")}
-        run.save("summary", {"parameters": counts, "tokens": 0, "flops": 0.0, "final": {}})
-        run.set_status(state="done", step=0, tokens=0, message=f"{lineage['conversion']} of {lineage['parent']}")
-        draft.rename(path)
+        with draft_folder(path) as draft:
+            run = RunDirectory.create(
+                draft / path.name,
+                recipe_toml=to_toml(recipe),
+                identity=identity(recipe),
+                lineage=lineage,
+                files=[parent.path / Path(file).name for file in own],  # ty: ignore
+            )
+            atomic_write(run.path / "tokenizer.json", tokenizer)
+            if parent is not None and (data := parent.load("data")):
+                run.save("data", data)
+            state.save(run, state.Counters(updates=updates), tensors, optimizer or {})
+            parameters = cost(recipe).parameters
+            counts = {key: getattr(parameters, key) for key in ("total", "non_embedding", "active")}
+            run.save("summary", {"parameters": counts, "tokens": 0, "flops": 0.0, "final": {}})
+            run.set_status(state="done", step=0, tokens=0, message=f"{lineage['conversion']} of {lineage['parent']}")
+            run.path.rename(path)
     except OSError as error:
         raise write_failure(path, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return RunDirectory(path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from calledshot.model.huggingface.layouts import to_huggingface
 from calledshot.recipe import UsageError, schema, shape
 from calledshot.recipe.export import CLASSES, export_kind
 from calledshot.rundir import atomic_write
+from calledshot.rundir.drafts import draft_folder
 from calledshot.rundir.files import write_failure
 
 if TYPE_CHECKING:
@@ -51,21 +50,18 @@ def export_huggingface(
     architecture(config)  # what cannot be written is said before anything is
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not force)):
         raise UsageError(f"{folder}: is not empty; choose another folder, or add --force to replace the model in it")
-    draft = folder.absolute().with_name(f".{folder.absolute().name}.{secrets.token_hex(6)}.tmp")
     try:
-        draft.mkdir(parents=True)
-        write_weights(draft, to_huggingface(config, state), dtype, shard_bytes)
-        for file, content in _documents(config, state, tokenizer, dtype, provenance).items():
-            atomic_write(draft / file, content)
-        written = sorted(path.name for path in draft.iterdir())
-        if folder.exists() and any(folder.iterdir()):
-            replace_model(folder, draft)
-        else:
-            draft.rename(folder)
+        with draft_folder(folder) as draft:
+            write_weights(draft, to_huggingface(config, state), dtype, shard_bytes)
+            for file, content in _documents(config, state, tokenizer, dtype, provenance).items():
+                atomic_write(draft / file, content)
+            written = sorted(path.name for path in draft.iterdir())
+            if folder.exists() and any(folder.iterdir()):
+                replace_model(folder, draft)
+            else:
+                draft.rename(folder)
     except (OSError, SafetensorError) as error:
         raise write_failure(folder, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return [folder / name for name in written]
 
 
