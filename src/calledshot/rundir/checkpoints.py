@@ -31,7 +31,7 @@ _NAME = re.compile(r"step-(\d+)")
 _PARTIAL, _TRASH, _OLD = ".partial-", ".trash-", ".old-"
 _BEGUN, _SEAL = ".begun.json", ".seal-{}.json"
 _THREADS = 8  # hashlib and fsync both leave Python's lock
-_DAMAGED = (OSError, RunError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
+_NOT_COMPLETE = "is missing or damaged, so the checkpoint is not complete"
 _WATCH_SECONDS = 0.02
 MANIFEST, VERIFIED, LATEST = "manifest.json", "verified.json", "latest"
 Agree = Callable[[str | None], str | None]
@@ -120,8 +120,11 @@ class Checkpoints:
                     continue
                 if seal["fault"]:
                     raise RunError(seal["fault"])
-                self._sealed |= {partial / name: entry for name, entry in seal["files"].items()}
-                missing.discard(rank)
+                entries = {partial / name: entry for name, entry in seal["files"].items()}
+                # On a network disk a rank's small file may show itself before its large ones.
+                if all(path.exists() and path.stat().st_size == entry["bytes"] for path, entry in entries.items()):
+                    self._sealed |= entries
+                    missing.discard(rank)
             size = sum(entry.stat().st_size for entry in os.scandir(partial))
             if size != written:
                 written, changed = size, time.monotonic()
@@ -135,9 +138,9 @@ class Checkpoints:
         for name in (_BEGUN, *(_SEAL.format(rank) for rank in range(1, world))):
             (partial / name).unlink()
 
-    def write_checkpoint_file(self, step: int, name: str, parts: Iterable[bytes | memoryview]) -> None:
+    def write_checkpoint_file(self, step: int, name: str, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
         """Writes a file of the checkpoint that is being written, and flushes it to the disk; several threads may, each
-        its own. It is hashed meanwhile, from memory, so that a mistake in writing it shows.
+        its own. It is hashed meanwhile, from memory, so that a mistake in writing it shows. Its entry in the manifest.
 
         OSError when the disk is full.
         """
@@ -151,6 +154,7 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         self._sealed[path] = {"bytes": size, "sha256": sha256.hexdigest()}
+        return self._sealed[path]
 
     def publish_checkpoint(self, step: int, incarnation: int = 0, *, latest: bool = True) -> Path:
         """Makes what was written under `partial_checkpoint_path(step)` the checkpoint of that step, and the latest.
@@ -301,21 +305,11 @@ class Checkpoints:
         """What a checkpoint says of itself: step, incarnation, time, and bytes and sha256 by file. RunError when it is
         damaged."""
         path = self.checkpoint_path(step) / MANIFEST
-        damaged = RunError(f"{path}: is missing or damaged, so the checkpoint is not complete")
         try:
-            manifest = read_json(path)
-            files = {
-                str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-            }
-        except _DAMAGED as error:
-            raise damaged from error
-        for name, (size, sha256) in files.items():
-            place = PurePosixPath(name)
-            if place.is_absolute() or ".." in place.parts or "\0" in name:
-                raise RunError(f"{path}: names {name!r}, which is not a file of its folder")
-            if size < 0 or len(sha256) != 64:
-                raise damaged
-        return manifest
+            content = read_json(path)
+        except (OSError, RunError, RecursionError) as error:
+            raise RunError(f"{path}: {_NOT_COMPLETE}") from error
+        return checked_manifest(content, str(path))
 
     def _candidates(self, complete: bool = True) -> list[int]:
         """Steps to continue from, best first: the latest and those before it; later ones were left by a rollback."""
@@ -324,10 +318,15 @@ class Checkpoints:
         else:
             names = (entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else ()
             steps = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
+        pointer = self.latest_pointer()
+        return sorted((step for step in steps if pointer is None or step <= pointer), reverse=True)
+
+    def latest_pointer(self) -> int | None:
+        """The step that `latest` names, whether or not that checkpoint is there."""
         pointer = None
         with suppress(OSError, UnicodeDecodeError):
             pointer = _NAME.fullmatch((self.folder / LATEST).read_text().strip())
-        return sorted((step for step in steps if pointer is None or step <= int(pointer[1])), reverse=True)
+        return int(pointer[1]) if pointer else None
 
     def _verify(self, step: int, share: tuple[int, int] = (0, 1), agree: Agree | None = None) -> str | None:
         """What is wrong with a checkpoint, None and a note beside it when its hashes are right."""
@@ -375,6 +374,21 @@ def _read_or_none(path: Path) -> Any:
     with suppress(RunError, OSError):
         return read_json(path)
     return None
+
+
+def checked_manifest(content: Any, origin: str) -> dict[str, Any]:
+    """The content of a manifest, if it is one and names only files of its own folder. RunError names `origin`."""
+    try:
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise RunError(f"{origin}: {_NOT_COMPLETE}") from error
+    for name, (size, sha256) in files.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise RunError(f"{origin}: names {name!r}, which is not a file of its folder")
+        if size < 0 or len(sha256) != 64:
+            raise RunError(f"{origin}: {_NOT_COMPLETE}")
+    return content
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -119,6 +119,13 @@ class Move(NamedTuple):
 
 def moves(source: Piece, target: Piece) -> Iterator[Move]:
     """What of `target` is in `source`, two pieces of one tensor; nothing where they have nothing in common."""
+    if (source.axis, source.parts) == (target.axis, target.parts):  # by far the most frequent, and done a thousand fold
+        start, stop = max(source.start, target.start), min(source.stop, target.stop)
+        if source.part == target.part and start < stop and source.width:
+            width = source.width
+            length = (stop - start) * width
+            yield Move((start - source.start) * width, (start - target.start) * width, length, 1, 0, 0)
+        return
     source_whole, source_local, source_length = source._stretches()
     target_whole, target_local, target_length = target._stretches()
     # Each stretch of the one meets a range of stretches of the other, and the pairs come in the order of the whole.
