@@ -44,7 +44,11 @@ class Mask:
     key_documents_BS: Tensor | None = None
     """None where they are the queries' own."""
     regions_BT: Tensor | None = None
-    """None where all is causal; queries and keys must be the same tokens."""
+    """None where all is causal."""
+    key_regions_BS: Tensor | None = None
+    """None where they are the queries' own."""
+    first: int = 0
+    """Place of the first query among the keys, where the queries are a part of a row."""
 
     @property
     def causal(self) -> bool:
@@ -55,6 +59,11 @@ class Mask:
     def plainly_causal(self) -> bool:
         """Whether nothing but the order counts."""
         return self.ordered and self.documents_BT is None and self.regions_BT is None
+
+    @property
+    def across(self) -> bool:
+        """Whether queries and keys are of two stacks, so that a query may see nothing: inside one it sees itself."""
+        return not self.ordered and self.key_documents_BS is not None
 
     @property
     def open(self) -> bool:
@@ -68,14 +77,23 @@ class Mask:
         seen = torch.ones(1, stop - start, keys, dtype=torch.bool, device=device)
         if self.ordered:
             position_S = torch.arange(keys, device=device)
-            seen = (position_S <= torch.arange(start, stop, device=device)[:, None])[None]
+            seen = (position_S <= torch.arange(self.first + start, self.first + stop, device=device)[:, None])[None]
         if self.regions_BT is not None:
-            region_BT1, region_B1S = self.regions_BT[:, start:stop, None], self.regions_BT[:, None, :keys]
+            keys_BS = self.regions_BT if self.key_regions_BS is None else self.key_regions_BS
+            region_BT1, region_B1S = self.regions_BT[:, start:stop, None], keys_BS[:, None, :keys]
             seen = seen | ((region_BT1 == region_B1S) & (region_BT1 > 0))
         if self.documents_BT is not None:
             keys_BS = self.documents_BT if self.key_documents_BS is None else self.key_documents_BS
             seen = seen & (self.documents_BT[:, start:stop, None] == keys_BS[:, None, :keys])
         return seen
+
+    def reach(self, stop: int) -> int:
+        """Keys that the queries before `stop` may see, the first so many."""
+        return self.first + stop if self.causal else self.keys
+
+    def head_bias(self, table_HR: Tensor, start: int, stop: int, keys: int) -> Tensor:
+        """T5's bias (H, stop - start, keys) of the queries from `start` on the first `keys` keys."""
+        return relative_bias(table_HR, self.first + start, self.first + stop, keys, ordered=self.ordered)
 
     def row_blocks(self) -> Iterator[tuple[int, int, int]]:
         """(first query, end, keys) of the blocks that the CPU works on. Where a mask is causal each block leaves out
@@ -84,7 +102,7 @@ class Mask:
         blocks = next((n for n in (4, 2) if self.queries % n == 0 and self.queries // n >= 64), 1)
         rows = self.queries // blocks
         for start in range(0, self.queries, rows):
-            yield start, start + rows, start + rows if self.causal else self.keys
+            yield start, start + rows, self.reach(start + rows)
 
     def biases(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What is added to the scores of each row block, (B or 1, R, S): 0 where seen and -inf elsewhere."""
@@ -106,11 +124,12 @@ class Mask:
         """The mask as a function of (row, head, query, key)."""
         documents_BT, regions_BT = self.documents_BT, self.regions_BT
         keys_BS = documents_BT if self.key_documents_BS is None else self.key_documents_BS
+        key_regions_BS = regions_BT if self.key_regions_BS is None else self.key_regions_BS
 
         def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            allowed = t >= s if self.ordered else t == t
-            if regions_BT is not None:
-                allowed = allowed | ((regions_BT[b, t] == regions_BT[b, s]) & (regions_BT[b, t] > 0))
+            allowed = t + self.first >= s if self.ordered else t == t
+            if regions_BT is not None and key_regions_BS is not None:
+                allowed = allowed | ((regions_BT[b, t] == key_regions_BS[b, s]) & (regions_BT[b, t] > 0))
             if documents_BT is not None and keys_BS is not None:
                 allowed = allowed & (documents_BT[b, t] == keys_BS[b, s])
             return allowed
@@ -147,7 +166,7 @@ def ready(
     """
 
     def heads(blocks: Iterable[tuple[int, int, int]]) -> tuple[Tensor, ...]:
-        return () if table_HR is None else tuple(relative_bias(table_HR, *b, ordered=mask.ordered) for b in blocks)
+        return () if table_HR is None else tuple(mask.head_bias(table_HR, *block) for block in blocks)
 
     if blocked and max(mask.queries, mask.keys) <= BLOCKED_CONTEXT_LIMIT:
         return Seen(mask, biases=mask.biases(dtype), head_biases=heads(mask.row_blocks()))
@@ -185,7 +204,7 @@ def _attend_in_parts(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, seen: Seen)
         bias: Tensor = mask.allowed(start, stop, keys).unsqueeze(1).to(q_BHRC.device)
         bias_HRS = seen.head_biases[0][:, start:stop, :keys] if seen.head_biases else None
         if table_HR is not None:
-            bias_HRS = relative_bias(table_HR, start, stop, keys, ordered=mask.ordered)
+            bias_HRS = mask.head_bias(table_HR, start, stop, keys)
         if bias_HRS is not None:
             bias = bias_HRS.to(q_BHRC.dtype).masked_fill(~bias, -torch.inf)
         k_BKUC, v_BKUC = k_BKSC[:, :, :keys], v_BKSC[:, :, :keys]
@@ -194,14 +213,15 @@ def _attend_in_parts(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, seen: Seen)
     B, H, T, _ = q_BHTC.shape
     rows = max(1, MASK_ENTRIES // (B * mask.keys * (H if seen.biased else 1)))
     if rows >= T:
-        return part(q_BHTC, 0, T, mask.keys)
+        return part(q_BHTC, 0, T, mask.reach(T))
     parts = []
     for start in range(0, T, rows):
         stop = min(start + rows, T)
-        keys = stop if mask.causal else mask.keys
         # Otherwise the backward would keep each part's mask, and so the whole of it, once a layer.
         rows_BHRC = q_BHTC[:, :, start:stop]
-        parts.append(checkpoint(part, rows_BHRC, start, stop, keys, use_reentrant=False, preserve_rng_state=False))
+        parts.append(
+            checkpoint(part, rows_BHRC, start, stop, mask.reach(stop), use_reentrant=False, preserve_rng_state=False)
+        )
     return torch.cat(parts, 2)
 
 
@@ -271,8 +291,6 @@ def _attend_in_blocks(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: See
     q_BKGTC = q_BTKGC.permute(0, 2, 3, 1, 4)
     k_NSC = k_BSKC.transpose(1, 2).reshape(B * K, S, C)
     v_NSC = v_BSKC.transpose(1, 2).reshape(B * K, S, C)
-    # Inside a stack each token sees itself; across stacks a document, or padding, may have no counterpart.
-    some_blind = seen.mask.key_documents_BS is not None
     outputs = []
     start = 0
     for number, bias in enumerate(seen.biases):
@@ -281,7 +299,7 @@ def _attend_in_blocks(q_BTKGC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, seen: See
         bias_BRS = bias.expand(B, -1, -1)
         head_bias_KGRS = seen.head_biases[number].unflatten(0, (K, G)) if seen.head_biases else None
         output_NRC = _BlockOfRows.apply(
-            q_NRC, k_NSC[:, :keys], v_NSC[:, :keys], bias_BRS, head_bias_KGRS, G, 1.0 / math.sqrt(C), some_blind
+            q_NRC, k_NSC[:, :keys], v_NSC[:, :keys], bias_BRS, head_bias_KGRS, G, 1.0 / math.sqrt(C), seen.mask.across
         )
         outputs.append(output_NRC.view(B, K, G, stop - start, C))
         start = stop

@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from calledshot.model.activation import activate
 from calledshot.model.attention import Seen, attend, attend_cached
+from calledshot.model.collectives import Group, copy_to, gather_from, reduce_from
 from calledshot.model.experts import Experts
 from calledshot.model.packing import packed_linear
 from calledshot.model.positions import rotate
 from calledshot.model.routing import Auxiliary
 from calledshot.recipe.derived import GATED, Shape, Stack
+
+TENSOR_AXES = {
+    "qkv_KXCD": 0, "out_DHC": 1, "cross_query_KGCD": 0, "cross_key_value_K2CD": 0, "cross_out_DHC": 1,
+    "gate_up_2FD": 1, "up_FD": 0, "down_DF": 1,
+}  # fmt: skip
+"""Axes along which ranks of tensor parallelism share the parameters: each has some key heads with their query heads,
+and a part of the hidden width. Those that are not named, each has whole."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,10 @@ class Block(nn.Module):
         self.model, self.groups, self.epsilon = model, stack.heads // K, model.norm_epsilon
         self.kv_heads, self.head_width = K, C
         self.packed: dict[str, Tensor] | None = None
+        self.tensor: Group | None = None
+        """Ranks that have other parts of the matrices, for the same tokens."""
+        self.context: Group | None = None
+        """Ranks that have other tokens of the same rows."""
         sandwich = model.norm_placement == "sandwich"
 
         def gains(size: int, wanted: bool = True) -> nn.Parameter | None:
@@ -131,30 +143,40 @@ class Block(nn.Module):
         self, h_BTD: Tensor, cos: Tensor | None, sin: Tensor | None, seen: Seen | None, cache: LayerCache | None
     ) -> Tensor:
         B, T, _ = h_BTD.shape
-        qkv = self._linear(h_BTD, "qkv_KXCD")
+        qkv = self._linear(copy_to(h_BTD, self.tensor), "qkv_KXCD")
         q, k, v = qkv.view(B, T, self.kv_heads, -1, self.head_width).split((self.groups, 1, 1), dim=3)
         k, v = k.squeeze(3), v.squeeze(3)
-        if self.query_norm_C is not None and self.key_norm_C is not None:
-            q = normalize(q, self.query_norm_C, self.epsilon, "rmsnorm")
-            k = normalize(k, self.key_norm_C, self.epsilon, "rmsnorm")
+        query_norm_C, key_norm_C = self._gains(self.query_norm_C, self.key_norm_C)
+        if query_norm_C is not None and key_norm_C is not None:
+            q = normalize(q, query_norm_C, self.epsilon, "rmsnorm")
+            k = normalize(k, key_norm_C, self.epsilon, "rmsnorm")
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             rows_B1 = torch.arange(B, device=h_BTD.device)[:, None]
             cache.keys_BKSC[rows_B1, :, cache.positions_BT] = k
             cache.values_BKSC[rows_B1, :, cache.positions_BT] = v
+        elif self.context is not None:
+            k, v = gather_from(torch.stack((k, v)), self.context, 2).unbind()
         if cache is not None and cache.bias_BTS is not None:
             y = attend_cached(q, cache.keys_BKSC, cache.values_BKSC, cache.bias_BTS, cache.head_bias_BHTS)
         else:
             assert seen is not None
             y = attend(q, k, v, seen)
-        return self._linear(y.reshape(B, T, -1), "out_DHC")
+        return reduce_from(self._linear(y.reshape(B, T, -1), "out_DHC"), self.tensor)
+
+    def _gains(self, query_norm_C: Tensor | None, key_norm_C: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gains of queries and keys, on their way to the heads of this rank."""
+        if self.tensor is None or query_norm_C is None or key_norm_C is None:
+            return query_norm_C, key_norm_C
+        return copy_to(torch.stack((query_norm_C, key_norm_C)), self.tensor).unbind()
 
     def _cross_attention(self, h_BTD: Tensor, crossing: Crossing) -> Tensor:
         B, T, _ = h_BTD.shape
-        q = self._linear(h_BTD, "cross_query_KGCD").view(B, T, self.kv_heads, self.groups, self.head_width)
+        q = self._linear(copy_to(h_BTD, self.tensor), "cross_query_KGCD")
+        q = q.view(B, T, self.kv_heads, self.groups, self.head_width)
         if self.cross_query_norm_C is not None:
-            q = normalize(q, self.cross_query_norm_C, self.epsilon, "rmsnorm")
+            q = normalize(q, copy_to(self.cross_query_norm_C, self.tensor), self.epsilon, "rmsnorm")
         if crossing.bias_BTS is not None:
             assert crossing.keys_BKSC is not None and crossing.values_BKSC is not None
             y = attend_cached(q, crossing.keys_BKSC, crossing.values_BKSC, crossing.bias_BTS)
@@ -162,20 +184,21 @@ class Block(nn.Module):
             assert crossing.encoded_BSD is not None and crossing.seen is not None
             k, v = self.cross_keys_values(crossing.encoded_BSD)
             y = attend(q, k, v, crossing.seen)
-        return self._linear(y.reshape(B, T, -1), "cross_out_DHC")
+        return reduce_from(self._linear(y.reshape(B, T, -1), "cross_out_DHC"), self.tensor)
 
     def cross_keys_values(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, K, C) of what the encoder gave."""
-        kv = self._linear(encoded_BSD, "cross_key_value_K2CD")
+        kv = self._linear(copy_to(encoded_BSD, self.tensor), "cross_key_value_K2CD")
         k, v = kv.view(*encoded_BSD.shape[:2], self.kv_heads, 2, self.head_width).unbind(3)
         if self.cross_key_norm_C is not None:
-            k = normalize(k, self.cross_key_norm_C, self.epsilon, "rmsnorm")
+            k = normalize(k, copy_to(self.cross_key_norm_C, self.tensor), self.epsilon, "rmsnorm")
         return k, v
 
     def _feed_forward(self, h_BTD: Tensor) -> tuple[Tensor, None]:
         kind = self.model.feed_forward
         first = "gate_up_2FD" if kind in GATED else "up_FD"
-        return self._linear(activate(self._linear(h_BTD, first), kind), "down_DF"), None
+        inner_BTF = activate(self._linear(copy_to(h_BTD, self.tensor), first), kind)
+        return reduce_from(self._linear(inner_BTF, "down_DF"), self.tensor), None
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         """`x` by a parameter, whose axes before the last are its rows; a sharded one may come as (rows, last axis)."""
@@ -183,3 +206,9 @@ class Block(nn.Module):
             return packed_linear(x, self.packed[name])
         weight = getattr(self, name)
         return F.linear(x, weight.view(-1, weight.size(-1)))
+
+
+def stacked(model: Shape, stack: Stack) -> nn.ModuleList:
+    """All blocks of a stack, in order."""
+    sparse = [model.experts > 0 and number >= model.dense_layers for number in range(stack.layers)]
+    return nn.ModuleList(Block(model, stack, sparse=each) for each in sparse)

@@ -33,17 +33,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calledshot.model.attention import Mask, Seen, ready
-from calledshot.model.block import Block, Crossing, LayerCache, normalize
+from calledshot.model.block import Block, Crossing, LayerCache, normalize, stacked
+from calledshot.model.cache import Cache
+from calledshot.model.collectives import Group, copy_to, gather_over, reduce_from
+from calledshot.model.encoder import Encoder, EncoderInputs, pool
 from calledshot.model.loss import cap, chunked_cross_entropy, token_losses
 from calledshot.model.packing import can_pack, pack, packed_linear
+from calledshot.model.parallel import Cut, share_experts, share_matrices, share_positions, shares_experts
 from calledshot.model.positions import relative_bucket, rotary
 from calledshot.model.routing import Auxiliary
-from calledshot.recipe import schema, shape
-from calledshot.recipe.derived import Shape, Stack
+from calledshot.recipe import UsageError, schema, shape
 
 CACHE_SCORES = 2**26
 """Scores over a cache that stand in memory together."""
@@ -51,64 +55,6 @@ CACHE_SCORES = 2**26
 
 ENDS = ("out_DHC", "cross_out_DHC", "down_DF", "down_EDF", "shared_down_DF")
 """Parameters that branches end in."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of what was read so far: per layer (B, K, S, C). A row holds positions 0, 1, 2, ... in order.
-
-    What lies behind a row's last written position is never seen, since a query sees positions up to its own.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    cross_keys: list[Tensor]
-    """Of what the encoder gave, (B, K, S, C); empty where there is no encoder."""
-    cross_values: list[Tensor]
-    cross_bias_B1S: Tensor | None = None
-    """float32: 0 where the encoder gave something, -inf elsewhere."""
-
-    @property
-    def rows(self) -> int:
-        return self.keys[0].size(0)
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].size(2)
-
-    @property
-    def encoded(self) -> int:
-        """Positions that the encoder's output may take."""
-        return self.cross_keys[0].size(2) if self.cross_keys else 0
-
-    def part(self, rows: slice, capacity: int) -> Cache:
-        """A view of some rows, up to `capacity` positions of each."""
-        keys, values = ([each[rows, :, :capacity] for each in layers] for layers in (self.keys, self.values))
-        cross_keys, cross_values = ([each[rows] for each in layers] for layers in (self.cross_keys, self.cross_values))
-        bias_B1S = None if self.cross_bias_B1S is None else self.cross_bias_B1S[rows]
-        return Cache(keys, values, cross_keys, cross_values, bias_B1S)
-
-    def copy_from(self, other: Cache) -> None:
-        """Take over what `other` holds, as far as both reach."""
-        mine, theirs = self._all(), other._all()
-        for to, source in zip(mine, theirs, strict=True):
-            rows, reach = min(len(to), len(source)), min(to.size(2), source.size(2))
-            to[:rows, :, :reach] = source[:rows, :, :reach]
-
-    def _all(self) -> list[Tensor]:
-        bias = [] if self.cross_bias_B1S is None else [self.cross_bias_B1S]
-        return [*self.keys, *self.values, *self.cross_keys, *self.cross_values, *bias]
-
-
-@dataclass(frozen=True)
-class EncoderInputs:
-    """What the encoder reads, all (B, S)."""
-
-    tokens_BS: Tensor
-    positions_BS: Tensor | None = None
-    """0, 1, 2, ... where None."""
-    documents_BS: Tensor | None = None
-    """-1 on padding; one document a row where None."""
 
 
 @dataclass(frozen=True)
@@ -125,44 +71,6 @@ class Reading:
     """Whether all but `start` see each other both ways; an encoder's inputs always do."""
 
 
-class Encoder(nn.Module):
-    """The stack that reads both ways."""
-
-    def __init__(self, model: Shape, stack: Stack) -> None:
-        super().__init__()
-        own = stack.width != model.width
-        self.embedding_VD = nn.Parameter(torch.empty(model.vocabulary, stack.width)) if own else None
-        self.blocks = _blocks(model, stack)
-        self.final_norm_D = None if model.norm_placement == "post" else nn.Parameter(torch.empty(stack.width))
-        self.relative_bias_HR = nn.Parameter(torch.empty(stack.heads, 32)) if model.positions == "t5" else None
-
-
-def _blocks(model: Shape, stack: Stack) -> nn.ModuleList:
-    sparse = [model.experts > 0 and number >= model.dense_layers for number in range(stack.layers)]
-    return nn.ModuleList(Block(model, stack, sparse=each) for each in sparse)
-
-
-def pool(x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Neighbours averaged in pairs: states, positions and documents of half the length (Funnel, arXiv 2006.03236).
-
-    A pair stands where its first token does and belongs to that one's document; a second token of another document
-    counts for nothing, so documents must begin at even places (`objective` sees to it).
-    """
-    if x_BSD.size(1) % 2:
-        x_BSD, positions_BS = F.pad(x_BSD, (0, 0, 0, 1)), F.pad(positions_BS, (0, 1))
-        if documents_BS is None:
-            documents_BS = torch.zeros_like(positions_BS)
-            documents_BS[:, -1] = -1
-        else:
-            documents_BS = F.pad(documents_BS, (0, 1), value=-1)
-    if documents_BS is None:
-        return x_BSD.unflatten(1, (-1, 2)).mean(2), positions_BS[:, ::2], None
-    first, second = documents_BS[:, ::2], documents_BS[:, 1::2]
-    together = (first == second).to(x_BSD.dtype).unsqueeze(-1)
-    mean = (x_BSD[:, ::2] + x_BSD[:, 1::2] * together) / (1 + together)
-    return mean, positions_BS[:, ::2], first
-
-
 class Decoder(nn.Module):
     """The model as `recipe.model` describes it, made on the default device, not yet initialised (`initialise`)."""
 
@@ -171,7 +79,7 @@ class Decoder(nn.Module):
         self.config, self.derived = config, shape(config)
         derived = self.derived
         self.embedding_VD = nn.Parameter(torch.empty(derived.vocabulary, config.width))
-        self.blocks = _blocks(derived, derived.decoder)
+        self.blocks = stacked(derived, derived.decoder)
         self.final_norm_D = None if config.norm_placement == "post" else nn.Parameter(torch.empty(config.width))
         self.separate_head_VD = (
             None if config.tied_embeddings else nn.Parameter(torch.empty(derived.vocabulary, config.width))
@@ -187,6 +95,10 @@ class Decoder(nn.Module):
         self.hooked = False
         """Whether something hangs on the calls of blocks (FSDP gathers their parameters) that none may go around."""
         self.packed_head: Tensor | None = None
+        self.cuts: dict[str, Cut] = {}
+        """Of the parameters that ranks have parts of, by name."""
+        self.tensor: Group | None = None
+        self.context: Group | None = None
 
     @property
     def head_VD(self) -> Tensor:
@@ -228,10 +140,51 @@ class Decoder(nn.Module):
         else:
             whole.normal_(0.0, whole.size(-1) ** -0.5, generator=generator)
 
+    # Ranks that share the model: to be called on the meta device, in this order. A group of one rank changes nothing.
+
+    def parallelize_tensor(self, group: dist.ProcessGroup) -> None:
+        """Each rank has a part of every layer's heads and hidden widths (Shoeybi et al. 2019, arXiv 1909.08053), which
+        they must divide; embedding, head and gains, all have whole, and their gradients too.
+
+        The ranks call everything alike, with the same tokens, and are given the same.
+        """
+        if group.size() > 1:
+            self.tensor = Group.of(group)
+            self.cuts |= share_matrices(self, self.tensor)
+
+    def parallelize_experts(self, group: dist.ProcessGroup) -> None:
+        """Each rank has some experts of every layer, and tokens go to where theirs are (Lepikhin et al. 2020, arXiv
+        2006.16668), however many: none is dropped. An expert's gradient is the sum over all ranks' tokens.
+
+        The ranks call everything equally often, each with tokens of its own. UsageError beside tensor parallelism.
+        """
+        if group.size() > 1:
+            if self.tensor is not None:
+                raise UsageError(
+                    "parallel.tensor and parallel.expert would both cut the experts' matrices: set one of them to 1"
+                )
+            self.cuts |= share_experts(self, Group.of(group))
+
+    def parallelize_context(self, group: dist.ProcessGroup) -> None:
+        """Each rank has an equal part of the positions of the same rows, in order, and sees the keys and values of all.
+
+        Inputs of `hidden_states`, `loss` and `token_losses` are this rank's columns (`BatchTensors.columns`), and so is
+        what they give: the rows' loss is the sum over the ranks. With a cache each reads whole rows by itself.
+        UsageError for encoder-decoders.
+        """
+        if group.size() > 1:
+            if self.encoder is not None:
+                raise UsageError("parallel.context shares the positions of a decoder alone: set parallel.context=1")
+            self.context = Group.of(group)
+            share_positions(self, self.context)
+
     def compile_blocks(self) -> None:
         """Compile each block (one graph serves all of a stack) and the loss. Whole-model compilation took 58 to 115 s
         here, this 20 to 45.
         """
+        if shares_experts(self):
+            # How many rows a rank's experts get is known only when they come.
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True
         for block in self.all_blocks:
             block.compile(dynamic=False)
         self.compiled = True
@@ -261,7 +214,24 @@ class Decoder(nn.Module):
 
     def _ready(self, mask: Mask, table_HR: Tensor | None = None) -> Seen:
         like = self.embedding_VD
-        return ready(mask, like.device, like.dtype, blocked=self.blocked_attention, table_HR=table_HR)
+        return ready(mask, like.device, like.dtype, blocked=self.blocked_attention, table_HR=self._own_heads(table_HR))
+
+    def _own_heads(self, table_HR: Tensor | None) -> Tensor | None:
+        """The rows of a table of positions that are of this rank's heads."""
+        if table_HR is None or self.tensor is None:
+            return table_HR
+        return copy_to(table_HR, self.tensor).chunk(self.tensor.size)[self.tensor.rank]
+
+    def _mask(self, T: int, documents_BT: Tensor | None, regions_BT: Tensor | None, like: Tensor) -> Mask:
+        """Of this rank's columns on all of the row's."""
+        group = self.context
+        if group is None:
+            return Mask(T, T, documents_BT=documents_BT, regions_BT=regions_BT)
+        documents_BT = torch.zeros_like(like) if documents_BT is None else documents_BT
+        return Mask(
+            T, group.size * T, True, documents_BT, gather_over(documents_BT, group, 1),
+            regions_BT, None if regions_BT is None else gather_over(regions_BT, group, 1), group.rank * T,
+        )  # fmt: skip
 
     def _normalized(self, x: Tensor, gain_D: Tensor | None) -> Tensor:
         return x if gain_D is None else normalize(x, gain_D, self.config.norm_epsilon, self.config.norm)
@@ -307,10 +277,11 @@ class Decoder(nn.Module):
         """
         if cache is not None:
             return self._cached(tokens_BT, positions_BT, cache, regions_BT, encoder_inputs)
-        if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device)[None].expand_as(tokens_BT)
         T = tokens_BT.size(1)
-        seen = self._ready(Mask(T, T, documents_BT=documents_BT, regions_BT=regions_BT), self.relative_bias_HR)
+        mask = self._mask(T, documents_BT, regions_BT, tokens_BT)
+        if positions_BT is None:
+            positions_BT = (mask.first + torch.arange(T, device=tokens_BT.device))[None].expand_as(tokens_BT)
+        seen = self._ready(mask, self.relative_bias_HR)
         crossing = None
         if self.encoder is not None:
             assert encoder_inputs is not None
@@ -361,8 +332,8 @@ class Decoder(nn.Module):
             position_S = torch.arange(cache.capacity, device=tokens_BT.device)
             distance_BTS = position_S - positions_BT[..., None]
             bias_BTS = torch.zeros(distance_BTS.shape, device=x_BTD.device).masked_fill_(distance_BTS > 0, -torch.inf)
-            if self.relative_bias_HR is not None:
-                head_bias_BHTS = self.relative_bias_HR[:, relative_bucket(distance_BTS, ordered=True)].transpose(0, 1)
+            if (table_HR := self._own_heads(self.relative_bias_HR)) is not None:
+                head_bias_BHTS = table_HR[:, relative_bucket(distance_BTS, ordered=True)].transpose(0, 1)
         for number, block in enumerate(self.blocks):
             layer = LayerCache(cache.keys[number], cache.values[number], positions_BT, bias_BTS, head_bias_BHTS)
             crossing = None
@@ -393,10 +364,10 @@ class Decoder(nn.Module):
         """A copy for generation on x86 CPUs, which shares the parameters and holds each matrix once more, in the order
         that oneDNN's products want; elsewhere the model itself.
 
-        Later changes of the parameters do not reach it. With one row a product takes half as long as from the
-        parameter, with 32 rows 0.8 (bfloat16) or 0.4 (float32) of its time.
+        Later changes of the parameters do not reach it. A model that ranks share stays as it is. With one row a product
+        takes half as long as from the parameter, with 32 rows 0.8 (bfloat16) or 0.4 (float32) of its time.
         """
-        if not can_pack(self.embedding_VD):
+        if not can_pack(self.embedding_VD) or self.cuts or self.hooked:
             return self
         with torch.device("meta"):
             twin = Decoder(self.config)
@@ -458,21 +429,39 @@ class Decoder(nn.Module):
         """
         self.records.clear()
         hidden_BTD = self.hidden_states(inputs_BT, **reading)  # ty: ignore
-        return chunked_cross_entropy(
-            hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), weights_BT.flatten(),
+        hidden_ND = self._own_tokens(copy_to(hidden_BTD.flatten(0, 1), self.tensor))
+        loss, z_term = chunked_cross_entropy(
+            hidden_ND, copy_to(self.head_VD, self.tensor),
+            self._own_tokens(targets_BT.flatten()), self._own_tokens(weights_BT.flatten()),
             scale=scale, softcap=self.config.softcap, z_loss=z_loss, compiled=self.compiled,
         )  # fmt: skip
+        if self.tensor is not None:
+            loss, z_term = reduce_from(torch.stack((loss, z_term)), self.tensor).unbind()
+        return loss, z_term
+
+    def _own_tokens(self, x: Tensor) -> Tensor:
+        """This rank's share (equal, padded with zeros) of tokens (N, ...) whose states all ranks have."""
+        if self.tensor is None:
+            return x
+        share = -(-len(x) // self.tensor.size)
+        beyond = share * self.tensor.size - len(x)
+        return F.pad(x, (0, 0) * (x.dim() - 1) + (0, beyond)).narrow(0, self.tensor.rank * share, share)
 
     def auxiliary_loss(self) -> Tensor:
-        """Balance and router z-loss of the last pass of `loss`, a mean over the layers of experts (nats)."""
+        """Balance and router z-loss of the last pass of `loss`, a mean over the layers of experts (nats); the rows' is
+        the sum over ranks that share their positions.
+        """
         return torch.stack([record.loss for record in self.records]).mean()
 
     @torch.no_grad()
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, **reading: Tensor | EncoderInputs | None) -> Tensor:
         """Cross-entropy of every target in nats, float32 (B, T); `reading` as for `hidden_states`."""
         hidden_BTD = self.hidden_states(inputs_BT, **reading)  # ty: ignore
-        flat_N = token_losses(hidden_BTD.flatten(0, 1), self.head_VD, targets_BT.flatten(), self.config.softcap)
-        return flat_N.view(targets_BT.shape)
+        hidden_ND, targets_N = self._own_tokens(hidden_BTD.flatten(0, 1)), self._own_tokens(targets_BT.flatten())
+        losses_N = token_losses(hidden_ND, self.head_VD, targets_N, self.config.softcap)
+        if self.tensor is not None:
+            losses_N = gather_over(losses_N, self.tensor, 0)[: targets_BT.numel()]
+        return losses_N.view(targets_BT.shape)
 
     def new_cache(self, batch: int, capacity: int, encoded: int = 0) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` positions, in the model's dtype; `encoded` is how many
@@ -481,7 +470,7 @@ class Decoder(nn.Module):
         derived, like = self.derived, self.embedding_VD
 
         def empty(positions: int) -> list[Tensor]:
-            size = (batch, self.config.kv_heads, positions, derived.head_width)
+            size = (batch, self.all_blocks[-1].kv_heads, positions, derived.head_width)
             return [torch.zeros(size, dtype=like.dtype, device=like.device) for _ in range(self.config.layers)]
 
         if self.encoder is None:

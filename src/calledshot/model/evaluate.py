@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from calledshot.data import Selection
-from calledshot.model.decoder import Decoder, EncoderInputs
+from calledshot.model.collectives import gather_over
+from calledshot.model.decoder import Decoder
+from calledshot.model.encoder import EncoderInputs
 from calledshot.objective import Batch
 
 
@@ -58,6 +60,12 @@ class BatchTensors:
         cut = {name: each[part] for name, each in vars(self).items() if isinstance(each, Tensor)}
         return replace(self, **cut, encoder=encoder)
 
+    def columns(self, part: int, parts: int) -> BatchTensors:
+        """One of so many equal parts of each row's positions; no encoder's."""
+        assert self.encoder is None
+        cut = {name: each.chunk(parts, 1)[part] for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **cut)
+
     @property
     def reading(self) -> dict[str, Tensor | EncoderInputs | None]:
         """What `Decoder.hidden_states` wants besides the inputs."""
@@ -73,10 +81,16 @@ class BatchTensors:
 def batch_nats(model: Decoder, batch: Batch) -> np.ndarray:
     """Cross-entropy of every target in nats, float32 (B, T), in the model's dtype and on its device.
 
-    Padding has numbers too, without meaning: `batch.loss_weights` is 0 there.
+    Padding has numbers too, without meaning: `batch.loss_weights` is 0 there. All ranks that share the model call it
+    alike, and get the same.
     """
-    tensors = BatchTensors.of(batch, model.embedding_VD.device)
-    return model.token_losses(tensors.inputs, tensors.targets, **tensors.reading).cpu().numpy()
+    tensors, context = BatchTensors.of(batch, model.embedding_VD.device), model.context
+    if context is not None:
+        tensors = tensors.columns(context.rank, context.size)
+    losses_BT = model.token_losses(tensors.inputs, tensors.targets, **tensors.reading)
+    if context is not None:
+        losses_BT = gather_over(losses_BT, context, 1)
+    return losses_BT.cpu().numpy()
 
 
 def document_nats(model: Decoder, selection: Selection, batches: Iterable[Batch]) -> np.ndarray:

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calledshot.model.decoder import Decoder, EncoderInputs, Reading
+from calledshot.model.decoder import Decoder, Reading
+from calledshot.model.encoder import EncoderInputs
 from calledshot.model.sampling import Sampling, choose
 from calledshot.recipe import UsageError
 

@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from calledshot.model.collectives import Group, sum_over
+
 LARGEST_TILE = 64
 
 
 class Auxiliary(NamedTuple):
-    """What a layer of experts says beside its output."""
+    """What a layer of experts says beside its output. Where ranks share the positions of rows, what all say is the sum
+    over them.
+    """
 
     loss: Tensor
     """Balance loss and router z-loss with their weights, nats, float32 scalar; a mean over the tokens seen."""
@@ -56,9 +60,16 @@ def choose(
 
 
 def auxiliary(
-    logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, real_N: Tensor | None, balance: float, z_loss: float
+    logits_NE: Tensor,
+    scores_NE: Tensor,
+    experts_NK: Tensor,
+    real_N: Tensor | None,
+    balance: float,
+    z_loss: float,
+    context: Group | None = None,
 ) -> Auxiliary:
-    """Losses weighted by `balance` and `z_loss`, and the load, over the tokens that `real_N` (boolean) marks, or all.
+    """Losses weighted by `balance` and `z_loss`, and the load, over the tokens that `real_N` (boolean) marks, or all;
+    those of all ranks of `context` count, and this rank says its own tokens' part.
 
     Balance: E * sum_e f_e p_e, with f_e the share of tokens that chose e and p_e their mean probability of it: top_k
     when even (flaxformer's routing.py; Fedus et al. 2021, arXiv 2101.03961). Sigmoid scores are first divided by their
@@ -68,15 +79,21 @@ def auxiliary(
     N, E = logits_NE.shape
     K = experts_NK.size(1)
     real = torch.ones(N, device=logits_NE.device) if real_N is None else real_N.float()
-    tokens = real.sum().clamp(min=1.0)
+    tokens = real.sum()
     counts_E = torch.zeros(E, device=logits_NE.device)
     counts_E = counts_E.scatter_add(0, experts_NK.flatten(), real[:, None].expand(N, K).flatten())
+    own_E = counts_E
+    if context is not None:
+        # One sum serves both: each token makes K choices. (Put side by side for it, inductor would sum them in place.)
+        counts_E = sum_over(counts_E, context)
+        tokens = counts_E.sum() / K
+    tokens = tokens.clamp(min=1.0)
     chosen_E, share_N = counts_E / tokens, real / tokens
     probability_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
     loss = z_loss * (logits_NE.logsumexp(-1).square() * share_N).sum()
     if balance:
         loss = loss + balance * E * (chosen_E * (probability_NE * share_N[:, None]).sum(0)).sum()
-    return Auxiliary(loss, chosen_E / K)
+    return Auxiliary(loss, own_E / tokens / K)
 
 
 def tile_rows(choices: int, experts: int) -> int:
