@@ -30,7 +30,8 @@ from calledshot import machine
 from calledshot.model import Decoder, experts, grouped
 from calledshot.model.activation import activate
 from calledshot.recipe import Recipe, schema, shape
-from calledshot.training.optimizer import Optimizer, make_slots
+from calledshot.training.optimizer import Optimizer
+from calledshot.training.slots import make_slots
 
 Work = Callable[[int], object]
 """Does its thing once; the number of the round chooses the load."""

@@ -23,7 +23,8 @@ import torch
 
 from calledshot.model import BatchTensors, Decoder, EncoderInputs
 from calledshot.recipe import Recipe, cost, schema, shape
-from calledshot.training.optimizer import Optimizer, make_slots
+from calledshot.training.optimizer import Optimizer
+from calledshot.training.slots import make_slots
 
 TOKENS = 2048
 """Tokens a step."""

@@ -75,7 +75,8 @@ def calledshot(size: Size, device: str) -> tuple[Callable[[], float], int]:
 
     from calledshot.model import Decoder
     from calledshot.recipe import Recipe, schema
-    from calledshot.training.optimizer import Optimizer, make_slots
+    from calledshot.training.optimizer import Optimizer
+    from calledshot.training.slots import make_slots
 
     model_keys = schema.Model(
         layers=size.layers, width=size.width, heads=size.heads, kv_heads=size.kv_heads, hidden=size.hidden,

@@ -11,7 +11,8 @@ from calledshot.model import Decoder
 from calledshot.model.attention import Mask, Seen
 from calledshot.model.positions import rotary
 from calledshot.recipe import Recipe, schema
-from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
+from calledshot.training.optimizer import Optimizer, gradient_norm
+from calledshot.training.slots import make_slots
 
 VOCABULARY, CONTEXT, ROWS = 128, 64, 4
 RATES = {"muon": 0.02, "adamw": 0.01}

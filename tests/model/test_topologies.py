@@ -14,7 +14,8 @@ from calledshot.model import BatchTensors, Decoder, EncoderInputs
 from calledshot.objective import Batch
 from calledshot.objective.batch import Encoded
 from calledshot.recipe import Recipe, schema
-from calledshot.training.optimizer import Optimizer, gradient_norm, make_slots
+from calledshot.training.optimizer import Optimizer, gradient_norm
+from calledshot.training.slots import make_slots
 
 NORMS = ("pre", "post", "sandwich")
 

@@ -2,6 +2,7 @@
 
 from calledshot.rundir.checkpoints import CheckpointFound, Checkpoints
 from calledshot.rundir.files import JsonLines, atomic_write, parse_time, read_json, read_jsonl, utc_now, write_json
+from calledshot.rundir.following import FollowedRun
 from calledshot.rundir.lab import find_lab, resolve_checkpoint, resolve_run, runs
 from calledshot.rundir.lock import RunLock
 from calledshot.rundir.retention import Keep, held_out_by_step, uses
@@ -10,6 +11,7 @@ from calledshot.rundir.run import RunDirectory, State, is_run, read_metrics
 __all__ = [
     "CheckpointFound",
     "Checkpoints",
+    "FollowedRun",
     "JsonLines",
     "Keep",
     "RunDirectory",

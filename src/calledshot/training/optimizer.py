@@ -10,14 +10,17 @@ import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calledshot.recipe import Recipe, UsageError, optimizer_groups
+from calledshot.training.matrices import Matrices
+from calledshot.training.pieces import Piece
+from calledshot.training.slots import Exchange, Slot, is_matrix
+from calledshot.training.world import World
 
 KNOWN = ("muon", "adamw")
 NEWTON_SCHULZ_STEPS = 5
@@ -27,59 +30,6 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """
 NEWTON_SCHULZ_BYTES = 256 * 2**20
 """Most bytes of matrices orthogonalised in one batch."""
-
-
-@dataclass
-class Slot:
-    """One parameter: what the model computes with, the float32 truth, and its gradient of the present step."""
-
-    name: str
-    group: str
-    """matrix, embedding, head or vector."""
-    working: nn.Parameter
-    master: Tensor
-    gradient: Tensor | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """Working copy and master, flat; one tensor where the parameter is its own master, since the compiler takes no
-        two views of one memory.
-        """
-        master = self.master.view(-1)
-        own = self.working.data_ptr() == self.master.data_ptr()
-        return (master if own else self.working.data.view(-1)), master
-
-    def collect(self) -> None:
-        """Take over the gradient that a backward pass left; the second and later micro-batches add up in float32."""
-        gradient, self.working.grad = self.working.grad, None
-        if gradient is None:
-            raise RuntimeError(f"{self.name} got no gradient")
-        if self.gradient is None:
-            self.gradient = gradient
-        else:
-            if self.gradient.dtype != torch.float32:
-                self.gradient = self.gradient.float()
-            self.gradient.add_(gradient)
-
-
-def group_of(name: str) -> str:
-    """Group of learning rates that a parameter of the trunk belongs to."""
-    kind = name.rpartition(".")[2]
-    if kind == "embedding_VD":
-        return "embedding"
-    if kind == "separate_head_VD":
-        return "head"
-    # A table of positions adds to scores as it is: its rate must not fall with the width, as that of a matrix.
-    return "vector" if kind.endswith(("norm_D", "norm_C", "relative_bias_HR")) else "matrix"
-
-
-def make_slots(model: nn.Module, masters: Mapping[str, Tensor]) -> list[Slot]:
-    """Slots of a model's parameters; where the working dtype is float32, the parameter is its own master."""
-    slots = []
-    for name, parameter in model.named_parameters():
-        master = parameter.data if parameter.dtype == torch.float32 else masters[name]
-        slots.append(Slot(name, group_of(name), parameter, master))
-    return slots
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
@@ -92,10 +42,6 @@ def gradient_norm(slots: Sequence[Slot]) -> Tensor:
         torch.linalg.vector_norm(slot.gradient, dtype=torch.float32) for slot in slots if slot.gradient is not None
     ]
     return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _sum_of_squares(gradient: Tensor) -> Tensor:
-    return gradient.float().square().sum()
 
 
 def _adamw(
@@ -117,10 +63,15 @@ def _adamw(
 
 
 def _momentum(gradient: Tensor, buffer: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
-    """Nesterov momentum as `torch.optim.Muon` has it; returns the direction to orthogonalise, bfloat16."""
+    """Nesterov momentum as `torch.optim.Muon` has it; returns the direction to orthogonalise, float32."""
     clipped = gradient.float() * clip
     buffer.lerp_(clipped, 1.0 - momentum)
-    return clipped.lerp(buffer, momentum).bfloat16()
+    return clipped.lerp(buffer, momentum)
+
+
+def _momentum_narrow(gradient: Tensor, buffer: Tensor, clip: Tensor, momentum: Tensor) -> Tensor:
+    """The same, bfloat16: one function each, since the compiler then writes nothing wide."""
+    return _momentum(gradient, buffer, clip, momentum).bfloat16()
 
 
 def _apply(working: Tensor, master: Tensor, direction: Tensor, rate: Tensor, adjusted: Tensor, decay: Tensor) -> Tensor:
@@ -132,12 +83,13 @@ def _apply(working: Tensor, master: Tensor, direction: Tensor, rate: Tensor, adj
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices by Newton-Schulz, in bfloat16 and in batches; (..., rows, columns) in and out.
+    """Nearest semi-orthogonal matrices by Newton-Schulz, in their own dtype and in batches; (..., rows, columns) in and
+    out.
 
     Singular values come out between about 0.7 and 1.2, which is what Muon wants (Jordan et al. 2024).
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -171,6 +123,8 @@ class AdamW(Part):
     def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
         settings, squares = self.settings, {}
         for slot in self.slots:
+            if not slot.piece.numel:
+                continue
             decay = settings.weight_decay if slot.group == "matrix" else 0.0
             scalars = (
                 rates[slot.group], decay, 1.0 - settings.beta1, 1.0 - settings.beta2,
@@ -188,53 +142,57 @@ class Muon(Part):
     together.
     """
 
-    def __init__(self, slots: Sequence[Slot], recipe: Recipe, compiled: bool) -> None:
+    def __init__(self, slots: Sequence[Slot], recipe: Recipe, compiled: bool, world: World, dtype: torch.dtype) -> None:
         super().__init__(slots)
         self.settings = recipe.optimizer
-        self.momentum: Callable[..., Tensor] = torch.compile(_momentum, dynamic=True) if compiled else _momentum
+        momentum = _momentum_narrow if dtype == torch.bfloat16 else _momentum
+        self.momentum: Callable[..., Tensor] = torch.compile(momentum, dynamic=True) if compiled else momentum
         self.apply: Callable[..., Tensor] = torch.compile(_apply, dynamic=True) if compiled else _apply
         for slot in self.slots:
             slot.state = {"momentum": torch.zeros_like(slot.master)}
-        self.batches = self._batch()
+        self.batches = [Matrices(slots, world) for slots in self._batch()]
 
     def _batch(self) -> list[list[Slot]]:
         """Slots whose matrices have one shape, up to transposition, in batches of bounded size."""
         by_shape: dict[tuple[int, ...], list[Slot]] = {}
         for slot in self.slots:
-            by_shape.setdefault(tuple(sorted(slot.master.shape[-2:])), []).append(slot)
+            shape = tuple(sorted(slot.piece.shape[-2:]))
+            by_shape.setdefault((*shape, slot.sharded, slot.copies), []).append(slot)
         batches = []
         for slots in by_shape.values():
             size = 0
             for slot in slots:
-                if size == 0 or size + 2 * slot.master.numel() > NEWTON_SCHULZ_BYTES:
+                elements = math.prod(slot.piece.shape) if slot.sharded else slot.master.numel()
+                if size == 0 or size + 2 * elements > NEWTON_SCHULZ_BYTES:
                     batches.append([])
                     size = 0
                 batches[-1].append(slot)
-                size += 2 * slot.master.numel()
+                size += 2 * elements
         return batches
 
     def step(self, number: int, clip: Tensor, rates: Mapping[str, float]) -> dict[str, Tensor]:
         settings, squares = self.settings, {}
         scalar = lambda value: torch.tensor(value, device=clip.device)  # noqa: E731
-        for slots in self.batches:
+        for matrices in self.batches:
             directions = []
-            for slot in slots:
+            for slot in matrices.slots:
                 assert slot.gradient is not None
-                flat = self.momentum(
-                    slot.gradient.contiguous().view(-1),
-                    slot.state["momentum"].view(-1),
-                    clip,
-                    scalar(settings.momentum),
+                directions.append(
+                    self.momentum(
+                        slot.gradient.contiguous().view(-1),
+                        slot.state["momentum"].view(-1),
+                        clip,
+                        scalar(settings.momentum),
+                    )
                 )
-                matrices = flat.view(-1, *slot.master.shape[-2:])
-                directions.append(matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices)
-            orthogonal = orthogonalise(torch.cat(directions)).split([len(each) for each in directions])
-            for slot, direction in zip(slots, orthogonal, strict=True):
-                rows, columns = slot.master.shape[-2:]
+            for slot, direction in zip(matrices.slots, matrices.map(orthogonalise, directions), strict=True):
+                if not slot.piece.numel:
+                    continue
+                rows, columns = slot.piece.shape[-2:]
                 rate = rates[slot.group]
                 squares[slot.name] = self.apply(
-                    *slot.flat(), (direction.mT if rows > columns else direction).contiguous().view(-1),
-                    scalar(rate), scalar(rate * math.sqrt(max(1.0, rows / columns))), scalar(settings.weight_decay),
+                    *slot.flat(), direction, scalar(rate),
+                    scalar(rate * math.sqrt(max(1.0, rows / columns))), scalar(settings.weight_decay),
                 )  # fmt: skip
         return squares
 
@@ -277,26 +235,57 @@ class Optimizer:
     """All parts together: clipping, learning rates by group, and the state as named tensors."""
 
     def __init__(
-        self, slots: list[Slot], recipe: Recipe, *, compiled: bool = False, folder: Path | None = None
+        self,
+        slots: list[Slot],
+        recipe: Recipe,
+        *,
+        compiled: bool = False,
+        folder: Path | None = None,
+        world: World | None = None,
+        exchanges: Sequence[Exchange] = (),
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """`folder` is where a `file.py:Class` of the user's own is looked for first (the run directory's copy)."""
+        """`folder` is where a `file.py:Class` of the user's own is looked for first (the run directory's copy).
+
+        `exchanges` are of those slots that other ranks hold too; `dtype` is that of Muon's matmuls, bfloat16 in the
+        original and float32 for a run that computes in it: machines without bfloat16 are quicker so.
+        """
         self.slots, self.settings, self.peaks = slots, recipe.optimizer, optimizer_groups(recipe)
+        self.world, self.exchanges = world or World(), exchanges
         self.square = torch.compile(_sum_of_squares, dynamic=True) if compiled else None
         name = recipe.optimizer.name
         if name == "muon":
-            # A matrix of the blocks with one row or column has no orthogonalisation worth its name.
-            muon = [slot for slot in slots if slot.group == "matrix" and min(slot.master.shape[-2:]) > 1]
+            muon = [slot for slot in slots if is_matrix(slot.name, slot.piece.shape)]
             chosen = {id(slot) for slot in muon}
             rest = [slot for slot in slots if id(slot) not in chosen]
-            self.parts: list[Part] = [Muon(muon, recipe, compiled), AdamW(rest, recipe, compiled)]
+            self.parts: list[Part] = [Muon(muon, recipe, compiled, self.world, dtype), AdamW(rest, recipe, compiled)]
         elif name == "adamw":
             self.parts = [AdamW(slots, recipe, compiled)]
         else:
             self.parts = [Borrowed(slots, recipe, user_class(name, "optimizer.name", folder))]
 
     @torch.no_grad()
+    def exchange(self) -> None:
+        """Adds up gradients over the ranks that hold the same weights whole."""
+        for exchange in self.exchanges:
+            exchange.reduce()
+
+    @torch.no_grad()
+    def squares(self) -> Tensor:
+        """Sum of squares of the gradients, float32: this rank's share, so that those of all ranks add up to that of
+        the whole model.
+        """
+        square = self.square or _sum_of_squares
+        found: dict[int, list[Tensor]] = {}
+        for slot in self.slots:
+            if slot.gradient is not None and slot.piece.numel:
+                found.setdefault(slot.copies, []).append(square(slot.gradient.contiguous().view(-1)))
+        shares = [torch.stack(each).sum() / copies for copies, each in found.items()]
+        return torch.stack(shares).sum() if shares else torch.zeros(())
+
+    @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """Global 2-norm of the gradients, float32."""
+        """Global 2-norm of the gradients of a model that is all here, float32."""
         if self.square is None:
             return gradient_norm(self.slots)
         # `vector_norm` makes a float32 copy of a bfloat16 tensor first: 1 % of a step.
@@ -314,6 +303,8 @@ class Optimizer:
         squares: dict[str, Tensor] = {}
         for part in self.parts:
             squares |= part.step(number, clip, rates)
+        for exchange in self.exchanges:
+            exchange.share()
         return squares
 
     def clear(self) -> None:
@@ -321,9 +312,13 @@ class Optimizer:
         for slot in self.slots:
             slot.gradient = None
 
-    def state(self) -> dict[str, Tensor]:
-        """State by `PARAMETER.KEY`."""
-        return {f"{slot.name}.{key}": value for slot in self.slots for key, value in slot.state.items()}
+    def state(self) -> dict[str, tuple[Tensor, Piece]]:
+        """State by `PARAMETER.KEY`, and which part of the parameter's it is."""
+        return {
+            f"{slot.name}.{key}": (value, slot.piece if value.shape == slot.master.shape else Piece.whole(value.shape))
+            for slot in self.slots
+            for key, value in slot.state.items()
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the state that `state` gave."""

@@ -36,19 +36,20 @@ class Machine:
     micro_tokens: int
 
 
-def set_threads(recipe: Recipe) -> int:
-    """Make torch compute with as many threads as the recipe says, or as there are cores. To be called before anything
-    is traced: changing it later crashes dynamo."""
-    threads = recipe.parallel.threads or machine.usable_cores()
+def set_threads(recipe: Recipe, ranks: int = 1) -> int:
+    """Make torch compute with as many threads as the recipe says, or as there are cores for each of the `ranks` on this
+    machine. To be called before anything is traced: changing it later crashes dynamo."""
+    threads = recipe.parallel.threads or max(1, machine.usable_cores() // ranks)
     if not torch.cuda.is_available() and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     return threads
 
 
-def choose(recipe: Recipe, run: RunDirectory, device: torch.device) -> Machine:
-    """The decisions of an earlier incarnation on this machine, else new ones; what the recipe fixes is never probed."""
-    threads = set_threads(recipe)
-    key = f"{machine.fingerprint()} {device.type}"
+def choose(recipe: Recipe, run: RunDirectory, device: torch.device, ranks: int = 1) -> Machine:
+    """The decisions of an earlier incarnation on this machine, with as many ranks on it, else new ones; what the recipe
+    fixes is never probed."""
+    threads = set_threads(recipe, ranks)
+    key = f"{machine.fingerprint()} {device.type}" + (f" x{ranks}" if ranks > 1 else "")
     known = run.load("probes").get("machines", {}).get(key)
     asked = recipe.parallel
     probed = Machine(**known) if known else None

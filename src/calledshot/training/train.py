@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
+import tomllib
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from calledshot import machine
 from calledshot.data import Prepared, prepare
 from calledshot.data.prepare import Progress
-from calledshot.recipe import Recipe, RunError, ShotError, UsageError, check, difference, identity, to_toml
-from calledshot.rundir import RunDirectory, atomic_write, is_run, resolve_checkpoint
+from calledshot.recipe import (
+    Layout,
+    Recipe,
+    RunError,
+    ShotError,
+    UsageError,
+    check,
+    difference,
+    from_dict,
+    identity,
+    layout,
+    to_toml,
+)
+from calledshot.rundir import FollowedRun, RunDirectory, atomic_write, is_run, resolve_checkpoint
+from calledshot.training import remote
 from calledshot.training.console import Console
+from calledshot.training.join import Order, begin, joined, leading, wait_for_order
 from calledshot.training.load import run_recipe, sized
 from calledshot.training.optimizer import KNOWN, user_class
 from calledshot.training.probe import set_threads
 from calledshot.training.sinks import Sink
 from calledshot.training.stop import Stop, Stopped
 from calledshot.training.trainer import Trainer
+from calledshot.training.world import World
 
 LONGEST_NAME = 128
 """Bytes of a run's name: half of what file systems take, so that files can be called after it."""
@@ -47,6 +67,23 @@ def train(
     another one) and counters; its duration and schedule count from the beginning of the run it comes from, minutes
     from the fork. UsageError when the name is taken by a run of another recipe.
     """
+    with joined() as world:
+        if not world.leads:
+            return follow(world)
+        with leading(world):
+            return _train(recipe, lab, world, name, origin, fresh_optimizer, sinks, progress)
+
+
+def _train(
+    recipe: Recipe,
+    lab: Path,
+    world: World,
+    name: str,
+    origin: str,
+    fresh_optimizer: bool,
+    sinks: Sequence[str],
+    progress: Progress | None,
+) -> int:
     check(recipe)
     name = name or recipe.name
     if not name:
@@ -56,7 +93,7 @@ def train(
     if is_run(path):
         existing = RunDirectory.open(path)
         recipe = same_recipe(existing, recipe, origin, fresh_optimizer)
-        return go_on(existing, recipe, lab, anew=True, sinks=sinks, progress=progress)
+        return _go_on(existing, recipe, lab, world, anew=True, sinks=sinks, progress=progress)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path}: exists and is not a run: move it away, or choose another --name")
     own = recipe.optimizer.name not in KNOWN
@@ -88,7 +125,9 @@ def train(
             files=[Path(recipe.optimizer.name.partition(":")[0])] if own else [],
         )
         try:
-            return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh_optimizer, sinks=sinks)
+            return _incarnate(
+                run, recipe, prepared, stop, world, parent=parent, fresh_optimizer=fresh_optimizer, sinks=sinks
+            )
         except UsageError:
             if not run.tail("metrics"):  # nothing was trained: another attempt may have the name
                 shutil.rmtree(path)
@@ -104,10 +143,11 @@ def check_name(name: str) -> None:
         )
 
 
-def go_on(
+def _go_on(
     run: RunDirectory,
     recipe: Recipe,
     lab: Path,
+    world: World,
     *,
     anew: bool = False,
     sinks: Sequence[str] = (),
@@ -126,7 +166,7 @@ def go_on(
         # A fork that was killed before its own first checkpoint begins with its parent's once more.
         parent = _parent(f"{lineage['parent']}@{lineage['step']}", lab) if lineage and run.latest() is None else None
         fresh = bool(lineage.get("fresh_optimizer"))
-        return _incarnate(run, recipe, prepared, stop, parent=parent, fresh_optimizer=fresh, sinks=sinks)
+        return _incarnate(run, recipe, prepared, stop, world, parent=parent, fresh_optimizer=fresh, sinks=sinks)
 
 
 def _data_of(
@@ -184,7 +224,12 @@ def _with_tokenizer_of(parent: RunDirectory, recipe: Recipe, lab: Path) -> Recip
 
 def resume(run: RunDirectory, *, sinks: Sequence[str] = (), progress: Progress | None = None) -> int:
     """Go on with a run exactly as its recipe says. UsageError when the data that it began with are not here."""
-    return go_on(run, run_recipe(run), run.path.absolute().parent.parent, sinks=sinks, progress=progress)
+    with joined() as world:
+        if not world.leads:
+            return follow(world)
+        with leading(world):
+            lab = run.path.absolute().parent.parent
+            return _go_on(run, run_recipe(run), lab, world, sinks=sinks, progress=progress)
 
 
 def same_recipe(run: RunDirectory, recipe: Recipe, origin: str = "", fresh_optimizer: bool = False) -> Recipe:
@@ -214,6 +259,7 @@ def _incarnate(
     recipe: Recipe,
     prepared: Prepared,
     stop: Stop,
+    world: World,
     *,
     parent: tuple[RunDirectory, int] | None,
     fresh_optimizer: bool,
@@ -230,10 +276,12 @@ def _incarnate(
                 "the sources have changed, so fork the run instead (`shot train ... --from`)"
             )
         asked, recipe = recipe, sized(recipe, prepared.tokenizer)
-        set_threads(recipe)  # so that the environment written down is the one computed in
+        shared = layout(recipe, world.size, _memory(world))
+        set_threads(recipe, world.place.local_size)  # so that the environment written down is the one computed in
         dashboards = [Sink(kind, recipe, run.name, run.path) for kind in sinks]
+        ranks = {"world_size": world.size, "layout": asdict(shared)}
         run.begin_incarnation(
-            machine.describe() | {"world_size": 1} | commit(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff()
+            machine.describe() | ranks | commit(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff()
         )
         console = Console(run.incarnation_path() / "logs" / "rank0.log")
         events = run.writer("events")
@@ -244,13 +292,16 @@ def _incarnate(
                 atomic_write(run.path / "recipe.toml", to_toml(asked))
                 what = "; ".join(f"{key} {before!r} -> {now!r}" for key, before, now in changed)
                 events.append({"kind": "recipe_changed", "changed": what})
-            trainer = Trainer(recipe, run, prepared, console, stop, dashboards)
-            if not trainer.restore(run) and parent:
-                trainer.restore(*parent, with_optimizer=not fresh_optimizer)
-                trainer.save()  # from here on, the fork does not need its parent
-            console.say(trainer.banner())
-            outcome = trainer.train()
-            events.append({"kind": "stop", "state": outcome, "step": trainer.counters.step})
+            remote.fetch(run, recipe.checkpoint.remote, console.say)
+            begin(
+                world,
+                Order(
+                    str(run.path.absolute()), run.incarnation, to_toml(asked), asdict(shared),
+                    None if parent is None else (str(parent[0].path.absolute()), parent[1]), fresh_optimizer,
+                ),
+            )  # fmt: skip
+            outcome, step = _work(recipe, run, prepared, console, stop, dashboards, world, parent, fresh_optimizer)
+            events.append({"kind": "stop", "state": outcome, "step": step})
         except BaseException as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(ShotError):  # a full disk must not hide what happened
@@ -262,7 +313,69 @@ def _incarnate(
                 dashboard.close()
             console.close()
             run.close()
-    return stop.exit_code if outcome == "interrupted" else 0
+    return _exit_code(stop, outcome)
+
+
+def _work(
+    recipe: Recipe,
+    run: RunDirectory,
+    prepared: Prepared,
+    console: Console,
+    stop: Stop,
+    dashboards: Sequence[Sink],
+    world: World,
+    parent: tuple[RunDirectory, int] | None,
+    fresh_optimizer: bool,
+) -> tuple[str, int]:
+    """What every rank does: how it ended, and at which step."""
+    trainer = Trainer(recipe, run, prepared, console, stop, dashboards, world)
+    if not trainer.restore(run) and parent:
+        trainer.restore(*parent, with_optimizer=not fresh_optimizer)
+        trainer.save(wait=True)  # from here on, the fork does not need its parent
+    console.say(trainer.banner())
+    return trainer.train(), trainer.counters.step
+
+
+def _exit_code(stop: Stop, outcome: str) -> int:
+    """Of a run that ended as `outcome`; another rank may have been the one that was asked to stop."""
+    return (stop.exit_code or 128 + signal.SIGTERM) if outcome == "interrupted" else 0
+
+
+def _memory(world: World) -> int:
+    """Bytes that one rank has."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    there = machine.describe()["memory"]
+    has = [size for size in (there["total_bytes"], there["limit_bytes"]) if size]
+    return min(has, default=sys.maxsize) // world.place.local_size
+
+
+def follow(world: World) -> int:
+    """What a rank does that does not lead: waits for what the leading one begins, and works on it; the exit code."""
+    with Stop() as stop:
+        order = wait_for_order(world)
+        if isinstance(order, int):
+            return order or stop.exit_code
+        path = Path(order.run)
+        if not is_run(path):
+            raise UsageError(
+                f"rank {world.rank} does not see {path}, which the first rank writes: keep the lab on a disk that all "
+                "machines of the job share"
+            )
+        run = FollowedRun(path, order.incarnation)
+        console = Console(run.incarnation_path() / "logs" / f"rank{world.rank}.log", quiet=True)
+        try:
+            prepared = Prepared.of_run(run)
+            recipe = sized(from_dict(tomllib.loads(order.recipe), file=str(path / "recipe.toml")), prepared.tokenizer)
+            world.arrange(Layout(**order.layout))
+            parent = None if order.parent is None else (RunDirectory.open(order.parent[0]), order.parent[1])
+            outcome, _ = _work(recipe, run, prepared, console, stop, (), world, parent, order.fresh_optimizer)
+        except BaseException as error:
+            console.say("".join(traceback.format_exception(error)).rstrip())
+            raise
+        finally:
+            console.close()
+    return _exit_code(stop, outcome)
 
 
 def code_diff() -> str:

@@ -6,29 +6,31 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calledshot import machine
 from calledshot.data import Batches, HeldOut, Prepared
-from calledshot.model import BatchTensors, Decoder, continuing
+from calledshot.model import BatchTensors
 from calledshot.model.routing import load_figures
 from calledshot.objective import Batch
 from calledshot.recipe import Recipe, RunError, UsageError, cost, shape
 from calledshot.recipe.cost import activation_bytes
 from calledshot.recipe.units import show_bytes
-from calledshot.rundir import RunDirectory, parse_time
+from calledshot.rundir import RunDirectory
 from calledshot.training import probe, state
 from calledshot.training.console import Console, quantity, step_line
+from calledshot.training.engine import Engine, Updated
 from calledshot.training.evaluation import evaluate, write_samples
 from calledshot.training.gauges import EnergyMeter, memory_bytes, peak_memory_bytes
-from calledshot.training.optimizer import Optimizer, make_slots
+from calledshot.training.saving import Saver
 from calledshot.training.schedule import learning_rate_factor
 from calledshot.training.sinks import Sink
 from calledshot.training.stop import Stop, Stopped
+from calledshot.training.summary import summary
+from calledshot.training.world import World
 
 NON_FINITE_LIMIT = 5
 """Steps in a row whose loss or gradient is not finite, after which the run has failed."""
@@ -45,7 +47,7 @@ SMOOTHING = 20
 
 
 class Trainer:
-    """One incarnation of a run on one machine."""
+    """One incarnation of a run, as one of its ranks sees it."""
 
     def __init__(
         self,
@@ -55,27 +57,35 @@ class Trainer:
         console: Console,
         stop: Stop,
         sinks: Sequence[Sink] = (),
+        world: World | None = None,
     ) -> None:
-        """`recipe` is resolved (`load.sized`); the run's lock is held and its incarnation begun."""
+        """`recipe` is resolved (`load.sized`); the run's lock is held and its incarnation begun, by the leading rank.
+        `world` has its groups."""
         self.recipe, self.run, self.prepared = recipe, run, prepared
         self.console, self.stop, self.sinks = console, stop, sinks
+        self.world = world or World.join()
         self.started = time.monotonic()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.machine = probe.choose(recipe, run, self.device)
-        self.micro_rows = self.machine.micro_tokens // shape(recipe.model).row_positions
+        self.device = self.world.device
+        ranks = self.world.place.local_size
+        chosen = asdict(probe.choose(recipe, run, self.device, ranks)) if self.world.leads else None
+        probe.set_threads(recipe, ranks)
+        self.machine = probe.Machine(**self.world.tell(chosen))
         self.cost = cost(recipe)
         self._refuse_what_cannot_fit()
         self.counters = state.Counters()
+        self.stopping = False
+        """Whether some rank was asked to stop."""
+        self.saved_at = time.monotonic()
         self.saved: int | None = None
         """Step of this run's checkpoint that was last written or taken."""
         self.peaks: list[float] = []
         self.peak_probed = -math.inf
         self.rates: list[float] = []
-        self.load_LE: Tensor | None = None
-        """Share of the last step's choices that each expert of each layer got."""
         self.meter, self.energy_before = EnergyMeter(self.device), 0.0
         self.held_out = HeldOut(prepared, recipe)
-        self._build()
+        self.engine = Engine(recipe, self.machine, self.world, prepared.tokenizer, run.path)
+        self.saver = Saver(run, self.world.rank, self.world.size, recipe.checkpoint, gather=self.world.gather)
+        self.rank_log = run.rank_writer(self.world.rank) if self.world.size > 1 else None
 
     def _refuse_what_cannot_fit(self) -> None:
         """UsageError before memory runs out, by arithmetic: an estimate that counts too little refuses too little."""
@@ -83,55 +93,35 @@ class Trainer:
         has = [size for size in (there["total_bytes"], there["limit_bytes"]) if size]
         if self.device.type == "cuda":
             has = [torch.cuda.get_device_properties(self.device).total_memory]
-        model = self.recipe.model
+        model, layout = self.recipe.model, self.world.layout
+        rows = self.machine.micro_tokens // shape(model).row_positions
         width = 2 if self.machine.dtype == "bfloat16" else 4
         activations = activation_bytes(self.cost.shape, self.machine.micro_tokens, width)
         # The mask of a pass stands whole on a CPU, as booleans and in the matmuls' type.
-        mask = (1 + width) * self.micro_rows * shape(model).row_positions ** 2 if self.device.type == "cpu" else 0
-        needs = self.cost.bytes.fixed + activations + mask
+        mask = (1 + width) * rows * shape(model).row_positions ** 2 if self.device.type == "cpu" else 0
+        fixed = self.cost.bytes.fixed // (layout.shard * layout.tensor)
+        needs = (fixed + (activations + mask) // (layout.tensor * layout.context)) * self.world.place.local_size
         if has and needs > min(has):
             raise UsageError(
-                f"model and optimizer need {show_bytes(self.cost.bytes.fixed)} and a pass over "
+                f"model and optimizer need {show_bytes(fixed)} and a pass over "
                 f"{self.machine.micro_tokens:,} tokens at least {show_bytes(activations + mask)}, and there are "
                 f"{show_bytes(min(has))}: lower parallel.micro_tokens, model.context or model.width"
             )
 
-    def _build(self) -> None:
-        """A freshly initialised model with its masters and optimizer."""
-        with torch.device("meta"):
-            model = Decoder(self.recipe.model)
-        model.to_empty(device=self.device)
-        model.initialise(torch.Generator(self.device).manual_seed(self.recipe.seed))
-        masters = {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        self.model = model.to(getattr(torch, self.machine.dtype))
-        self.model.reading = continuing(self.recipe, self.prepared.tokenizer)
-        if self.machine.dtype == "float32":
-            masters |= {name: parameter.data for name, parameter in self.model.named_parameters()}
-        self.masters = masters
-        self.model.blocked_attention = self.device.type == "cpu" and self.machine.compile
-        if self.machine.compile:
-            self.model.compile_blocks()
-        slots = make_slots(self.model, masters)
-        self.optimizer = Optimizer(slots, self.recipe, compiled=self.machine.compile, folder=self.run.path)
-
     def restore(self, run: RunDirectory, step: int | None = None, *, with_optimizer: bool = True) -> bool:
-        """Take the state of a checkpoint of `run`; False when it has none."""
-        found = state.find(run, step)
+        """Take the state of a checkpoint of `run`, whatever number of ranks wrote it; False when it has none."""
+        share = (self.world.rank, self.world.size)
+        found = state.find(run, step, share=share, agree=self.world.first)
         if found is None:
             return False
         for fault in found.passed_over:
             self.console.say(f"warning: {fault}; an older checkpoint is taken")
             self.run.writer("events").append({"kind": "damaged_checkpoint", "message": fault, "step": found.step})
-        state.copy_into(self.masters, state.read_tensors(found.path / state.MODEL, self.device), found.path)
-        with torch.no_grad():
-            for slot in self.optimizer.slots:
-                slot.working.copy_(slot.master)
+        self.engine.restore(found.path, with_optimizer=with_optimizer)
         self.counters = state.read_counters(found.path)
         self.energy_before = self.counters.energy_joules or 0.0
         self.saved = found.step if run is self.run else None
-        if with_optimizer:
-            self.optimizer.load_state(state.read_tensors(found.path / state.OPTIMIZER, self.device))
-        else:
+        if not with_optimizer:
             self.counters.updates = 0
         return True
 
@@ -139,10 +129,15 @@ class Trainer:
         """One line: what is trained, on what."""
         counts, chosen = self.cost.parameters, self.machine
         start = f", going on from step {self.counters.step}" if self.counters.step else ""
+        threads = f"{chosen.threads} threads"
+        if self.world.size > 1:
+            sizes = {name: size for name, size in asdict(self.world.layout).items() if size > 1}
+            cut = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            threads = f"{self.world.size} ranks ({cut}) of {threads}"
         return (
             f"{self.run.name}: {quantity(counts.total)} parameters ({quantity(counts.non_embedding)} non-embedding), "
             f"{quantity(self.cost.flops_per_token.total)} FLOPs a token; {chosen.dtype} on {chosen.device}, "
-            f"{chosen.threads} threads, {'compiled' if chosen.compile else 'not compiled'}{start}"
+            f"{threads}, {'compiled' if chosen.compile else 'not compiled'}{start}"
         )
 
     # The run
@@ -171,34 +166,38 @@ class Trainer:
                 self.console.say(
                     f"{source.name}: a single document, so nothing is held out and no held-out loss is known"
                 )
-        saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         beat = 0.0
-        for number, batch in batches.prefetch(self.counters.step, steps):
-            self._record(self._step(number, batch, steps), steps)
+        for number, batch in batches.prefetch(self.counters.step, steps, self.engine.rows):
+            row, save = self._step(number, batch, steps)
+            self._record(row, steps)
+            self.saver.poll()
             done, now = self.counters.step, time.monotonic()
             if now - beat > HEARTBEAT_SECONDS:
                 self._status("running", steps)
                 beat = now
-            if self.stop.requested:
+            if self.stopping:
                 break
             if done < steps:
                 if done % every == 0:
                     self._evaluate(self.recipe.evals.tokens)
-                if self._save_due(done, saved_at):
+                if save:
                     self.save()
-                    saved_at = time.monotonic()
-            if self.stop.requested:  # during the evaluation, which the next incarnation does
+            if self.stopping:  # during the evaluation, which the next incarnation does
                 break
-        self.save()
-        if not self.stop.requested:
+        self.save(wait=True)
+        if not self.stopping:
             self._evaluate(self.recipe.evals.tokens)
         # Apart from the curve, which stays on the same documents from the first point to the last.
         final_tokens = self.recipe.evals.final_tokens
         called = "final held-out" if final_tokens else "all held-out"
-        final = [] if self.stop.requested else self._held_out(final_tokens, called)
-        outcome = "interrupted" if self.stop.requested else "done"
-        if outcome == "done":
-            self._summarise(batches.packing_loss, final)
+        final = [] if self.stopping else self._held_out(final_tokens, called)
+        outcome = "interrupted" if self.stopping else "done"
+        if outcome == "done" and self.world.leads:
+            peak = peak_memory_bytes(self.device)
+            packing = batches.packing_loss
+            self.run.save("summary", summary(self.run, self.recipe, self.cost, self.counters, peak, packing, final))
+        self.saver.close()
         self._status(outcome, steps)
         return outcome
 
@@ -210,7 +209,7 @@ class Trainer:
         if not self.recipe.duration.minutes:
             assert self.cost.steps is not None
             return self.cost.steps
-        probes = self.run.load("probes")
+        probes = self.world.tell(self.run.load("probes"))
         if "steps" not in probes:
             seconds = self._measure()
             spent = time.monotonic() - self.started
@@ -225,6 +224,7 @@ class Trainer:
             left = max(budget - spent - (evaluations + 1) * curve - final, 0.1 * budget)
             probes = self.run.load("probes")
             steps = max(10, round(left / seconds))
+            (steps,) = self.world.tell([steps])
             probes |= {"steps": self.counters.step + steps, "tokens_per_second": tokens_per_second}
             probes["evaluate_every_steps"] = max(1, steps // (evaluations + 1))
             self.run.save("probes", probes)
@@ -238,113 +238,79 @@ class Trainer:
         """Median seconds of an update, on a model that is thrown away afterwards."""
         self.console.say("measuring this machine" + (" and compiling the model" if self.machine.compile else ""))
         batches = Batches(self.prepared, self.recipe, steps=1)
-        batch, times = batches.batch(0), []
-        while len(times) < WARMUP_STEPS + 3 or sum(times[WARMUP_STEPS:]) < PROBE_SECONDS:
-            self.stop.check()
+        batch, times = batches.rows(0, *self.engine.rows), []
+        more = True
+        while more:
+            if self.world.any(self.stop.requested)[0]:
+                raise Stopped
             start = time.perf_counter()
-            self._update(batch, 1.0)
-            self.optimizer.clear()
+            self.engine.update(batch, 1, 1.0)
+            self.engine.optimizer.clear()
             times.append(time.perf_counter() - start)
-        self._build()
+            (more,) = self.world.any(len(times) < WARMUP_STEPS + 3 or sum(times[WARMUP_STEPS:]) < PROBE_SECONDS)
+        self.engine.build()
         if not self.restore(self.run):
             self.counters = state.Counters()
         return statistics.median(times[WARMUP_STEPS:])
 
-    def _step(self, number: int, batch: Batch, steps: int) -> dict[str, Any]:
-        """One update and its row of metrics."""
+    def _step(self, number: int, batch: Batch, steps: int) -> tuple[dict[str, Any], bool]:
+        """One update: its row of metrics, and whether the state is to be saved after it."""
         factor = learning_rate_factor(self.recipe.schedule, number, steps)
         start = time.perf_counter()
         norms_every = self.recipe.evals.norms_every_steps
         norms = bool(norms_every) and (number + 1) % norms_every == 0
         activations = self._activations(batch) if norms else {}
-        loss, z_loss, norm, updates = self._update(batch, factor)
+        flags = self.stop.requested, self.world.leads and self._save_due(number + 1)
+        updated = self.engine.update(batch, self.counters.updates + 1, factor, flags)
         seconds = time.perf_counter() - start
-        counters = self.counters
+        # Alone, what was asked for meanwhile is heeded at once; ranks heed what all of them know.
+        self.stopping, save = (self.stop.requested, flags[1]) if self.world.size == 1 else updated.flags
+        counters, size = self.counters, self.recipe.batch.tokens
         counters.step = number + 1
-        counters.tokens += batch.size
-        counters.flops += batch.size * self.cost.flops_per_token.total
+        counters.tokens += size
+        counters.flops += size * self.cost.flops_per_token.total
         counters.seconds += seconds
-        self.rates.append(batch.size / seconds)
+        self.rates.append(size / seconds)
         warm = len(self.rates) > WARMUP_STEPS
-        flops_per_second = self.cost.flops_per_token.total * batch.size / seconds
+        flops_per_second = self.cost.flops_per_token.total * size / seconds
         low, high = machine.mfu_range(flops_per_second, self.peaks)[:2] if warm else (None, None)
         row: dict[str, Any] = {
             "step": counters.step,
             "tokens": counters.tokens,
             "flops": counters.flops,
-            "loss": loss,
-            "z_loss": z_loss,
-            "lr": self.optimizer.peaks["matrix"] * factor,
-            "grad_norm": norm,
-            "update_norm": None if updates is None else math.sqrt(sum(updates.values())),
+            "loss": updated.loss,
+            "z_loss": updated.z_loss,
+            "lr": self.engine.optimizer.peaks["matrix"] * factor,
+            "grad_norm": updated.gradient_norm,
+            "update_norm": updated.update_norm,
             "tokens_per_second": self.rates[-1] if warm else None,
             "mfu_low": low,
             "mfu_high": high,
             "step_seconds": seconds,
             "memory_bytes": memory_bytes(self.device),
         }
-        if self.load_LE is not None:
-            figures = [load_figures(load_E) for load_E in self.load_LE.cpu()]
+        if updated.load_LE is not None:
+            figures = [load_figures(load_E) for load_E in updated.load_LE.cpu()]
             row["experts"] = {key: statistics.mean(each[key] for each in figures) for key in figures[0]}
         if norms:
-            gradients = {
-                slot.name: float(torch.linalg.vector_norm(slot.gradient, dtype=torch.float32))
-                for slot in self.optimizer.slots
-                if slot.gradient is not None
-            }
-            by_name = {name: math.sqrt(square) for name, square in (updates or {}).items()}
+            by_name = {name: math.sqrt(square) for name, square in (updated.squares or {}).items()}
+            gradients = self.engine.gradient_norms()
             row["norms"] = {"gradient": gradients, "update": by_name, "activation": activations}
-        self.optimizer.clear()
-        self._check_finite(row, updates is not None)
-        return row
-
-    def _update(self, batch: Batch, factor: float) -> tuple[float, float, float, dict[str, float] | None]:
-        """Loss, z-loss and gradient norm of a batch, and the updates' squared norms; None when the step was left
-        out.
-        """
-        tensors = BatchTensors.of(batch, self.device)
-        rows = self.micro_rows
-        scale = 1.0 / tensors.weights.sum().clamp(min=1.0)
-        loss = torch.zeros((), device=self.device)
-        z_loss = torch.zeros((), device=self.device)
-        loads: list[Tensor] = []
-        for start in range(0, len(batch.inputs), rows):
-            part = tensors.rows(start, start + rows)
-            micro_loss, micro_z = self.model.loss(
-                part.inputs, part.targets, part.weights, scale, self.recipe.objective.z_loss, **part.reading
-            )
-            total = micro_loss + micro_z
-            if self.model.records:
-                share = part.weights.sum() * scale
-                total = total + self.model.auxiliary_loss() * share
-                loads.append(torch.stack([record.load_E for record in self.model.records]) * share)
-            total.backward()
-            loss += micro_loss.detach()
-            z_loss += micro_z.detach()
-            for slot in self.optimizer.slots:
-                slot.collect()
-        norm = self.optimizer.gradient_norm()
-        values = torch.stack((loss, z_loss, norm)).tolist()
-        if not all(map(math.isfinite, values)):
-            return (*values, None)
-        squares = self.optimizer.step(self.counters.updates + 1, norm, factor)
-        self.load_LE = torch.stack(loads).sum(0) if loads else None
-        if self.load_LE is not None and self.recipe.model.balance == "bias":
-            sparse = [block.experts for block in self.model.all_blocks if block.experts is not None]
-            for experts, load_E in zip(sparse, self.load_LE, strict=True):
-                experts.update_bias(load_E)
-        self.counters.updates += 1
-        names, sums = list(squares), torch.stack(list(squares.values())).tolist()
-        return (*values, dict(zip(names, sums, strict=True)))
+        self.engine.optimizer.clear()
+        self._check_finite(row, updated)
+        if self.rank_log is not None:
+            self.rank_log.append({"step": counters.step, "seconds": seconds})
+        return row, save
 
     @torch.no_grad()
     def _activations(self, batch: Batch) -> dict[str, float]:
         """Root mean square of each block's output on the first rows of a batch."""
-        part = BatchTensors.of(batch, self.device).rows(0, self.micro_rows)
-        return self.model.activation_scales(part.inputs, **part.reading)
+        part = BatchTensors.of(batch, self.device).rows(0, self.engine.micro_rows)
+        return self.engine.model.activation_scales(part.inputs, **part.reading)
 
-    def _check_finite(self, row: dict[str, Any], applied: bool) -> None:
-        if applied:
+    def _check_finite(self, row: dict[str, Any], updated: Updated) -> None:
+        if updated.squares is not None:
+            self.counters.updates += 1
             self.counters.non_finite = 0
             return
         self.counters.non_finite += 1
@@ -372,58 +338,52 @@ class Trainer:
         self.console.say(step_line(row, steps, eta))
 
     def _probe_peak(self) -> None:
-        if time.monotonic() - self.peak_probed > PEAK_SECONDS:
-            self.peaks += machine.matmul_peak(self.machine.dtype, seconds=0.3, device=self.device.type)
+        """What all ranks together can do at most, probed on all of them at once."""
+        if self.world.tell(time.monotonic() - self.peak_probed > PEAK_SECONDS):
+            peaks = machine.matmul_peak(self.machine.dtype, seconds=0.3, device=self.device.type)
+            self.peaks += self.world.add([min(peaks), max(peaks)]) if self.world.size > 1 else peaks
             self.peak_probed = time.monotonic()
 
-    def _save_due(self, step: int, saved_at: float) -> bool:
+    def _save_due(self, step: int) -> bool:
         settings = self.recipe.checkpoint
         if settings.every_steps:
             return step % settings.every_steps == 0
-        return settings.every_minutes > 0 and time.monotonic() - saved_at > settings.every_minutes * 60
+        return settings.every_minutes > 0 and time.monotonic() - self.saved_at > settings.every_minutes * 60
 
-    def save(self) -> None:
-        """A checkpoint of the present step, unless it has one. RunError when the weights are not finite: saving them
-        would in the end push out the last good ones.
-        """
+    def save(self, *, wait: bool = False) -> None:
+        """A checkpoint of the present step, unless it has one; on the disk when this returns only with `wait`."""
         step = self.counters.step
         if step in (0, self.saved):
-            return
-        if not all(bool(master.isfinite().all()) for master in self.masters.values()):
-            raise RunError(
-                f"{self.run.path}: the weights are not finite at step {step}, so they were not saved; "
-                "fork from an earlier checkpoint with a lower optimizer.learning_rate"
-            )
-        start = time.perf_counter()
+            return self.saver.wait() if wait else None
         if (joules := self.meter.joules) is not None:
             self.counters.energy_joules = self.energy_before + joules
-        size = state.save(self.run, self.counters, self.masters, self.optimizer.state())
-        self.saved = step
-        self.run.prune(self.recipe.checkpoint.keep)
-        seconds = time.perf_counter() - start
-        self.run.writer("events").append({"kind": "checkpoint", "step": step, "seconds": seconds, "bytes": size})
+        self.saver.save(self.counters, self.engine.masters(), self.engine.optimizer.state(), wait=wait)
+        self.saved, self.saved_at = step, time.monotonic()
+        return None
 
     def _evaluated(self) -> bool:
         """Whether the present step has its held-out loss already."""
-        return any(row.get("step") == self.counters.step for row in self.run.standing_rows("validation"))
+        rows = self.run.standing_rows("validation") if self.world.leads else ()
+        return self.world.tell(any(row.get("step") == self.counters.step for row in rows))
 
     def _evaluate(self, tokens: int) -> None:
         start = time.perf_counter()
         step, position = self.counters.step, self.counters.tokens
         rows = self._held_out(tokens, "held-out")
-        if self.stop.requested and len(rows) < len(self.held_out.sources):
+        if len(rows) < len(self.held_out.sources):
             return
         for row in rows:
             self.run.writer("validation").append({"step": step, "tokens": position, **row})
             for sink in self.sinks:
                 sink.send(step, {f"held_out/{row['source']}/{key}": row[key] for key in ("loss", "bits_per_byte")})
-        write_samples(self.model, self.prepared.tokenizer, self.recipe, self.run, step)
+        write_samples(self.engine, self.prepared.tokenizer, self.run, step)
         self.run.writer("events").append({"kind": "evaluation", "step": step, "seconds": time.perf_counter() - start})
         self._probe_peak()
 
     def _held_out(self, tokens: int, called: str) -> list[dict[str, Any]]:
         """Held-out loss by source, said on the console."""
-        rows = evaluate(self.model, self.held_out, tokens, self.stop, self.micro_rows)
+        rows = evaluate(self.engine, self.held_out, tokens, self.stop)
+        self.stopping = self.stopping or len(rows) < len(self.held_out.sources)
         for row in rows:
             bpb = "n/a" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
             place = f"step {self.counters.step}  {called} {row['source']}"
@@ -435,51 +395,3 @@ class Trainer:
             state=outcome, step=self.counters.step, tokens=self.counters.tokens, message=message,
             total_steps=steps, total_tokens=steps * self.recipe.batch.tokens,
         )  # fmt: skip
-
-    def _summarise(self, packing_loss: float, final: list[dict[str, Any]]) -> None:
-        rows = self.run.metrics()
-        rates = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
-        wall = wall_seconds(self.run)
-        median = statistics.median(rates) if rates else None
-        counters = self.counters
-        own_tokens = len(rows) * self.recipe.batch.tokens  # a fork's counters include its parent's
-        parameters = self.cost.parameters
-        self.run.save(
-            "summary",
-            {
-                "parameters": {
-                    "total": parameters.total, "non_embedding": parameters.non_embedding, "active": parameters.active,
-                },
-                "tokens": counters.tokens,
-                "flops": counters.flops,
-                "seconds": wall,
-                "step_seconds": counters.seconds,
-                "tokens_per_second": median,
-                "goodput": own_tokens / wall / median if median and wall else None,
-                "mfu": mfu_summary(self.run),
-                # The rows are of every incarnation, and the kernel's own maximum may lag behind what it said before.
-                "peak_memory_bytes": max(peak_memory_bytes(self.device), *(row["memory_bytes"] for row in rows)),
-                "energy_joules": counters.energy_joules,
-                "packing_loss": packing_loss,
-                "final": {row["source"]: row for row in final},
-            },
-        )  # fmt: skip
-
-
-def mfu_summary(run: RunDirectory) -> dict[str, float] | None:
-    """Median of the steps' MFU against the highest and the lowest peak probed; None where it could not be trusted."""
-    rows = [row for row in run.metrics() if row.get("mfu_low") is not None and row.get("mfu_high") is not None]
-    if not rows:
-        return None
-    return {key: statistics.median(row[f"mfu_{key}"] for row in rows) for key in ("low", "high")}
-
-
-def wall_seconds(run: RunDirectory) -> float:
-    """Seconds from start to last sign of life, summed over the incarnations; the time between them is not in it."""
-    spans: dict[int, list[float]] = {}
-    for row in (*run.rows("events"), *run.rows("metrics")):
-        with suppress(KeyError, TypeError):
-            moment = parse_time(row["time"])
-            if math.isfinite(moment):
-                spans.setdefault(int(row["incarnation"]), []).append(moment)
-    return sum(max(moments) - min(moments) for moments in spans.values())

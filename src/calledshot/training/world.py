@@ -88,6 +88,8 @@ class World:
     """Ranks that hold the other experts."""
     expert_dense: dist.ProcessGroup | None = None
     """Ranks that hold the same experts."""
+    begun: bool = False
+    """Whether the leading rank has told the others what to work on."""
 
     @classmethod
     def join(cls) -> World:
@@ -119,6 +121,11 @@ class World:
     def data_rank(self) -> int:
         """Whose rows of a batch this rank takes, of `layout.data`."""
         return self.rank // (self.layout.tensor * self.layout.context)
+
+    @property
+    def speaks_for_data(self) -> bool:
+        """Whether this rank is the first of those that see the same rows."""
+        return self.rank % (self.layout.tensor * self.layout.context) == 0
 
     @property
     def context_rank(self) -> int:
@@ -165,6 +172,26 @@ class World:
             said = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(said, 0)
         return json.loads(said.numpy().tobytes())
+
+    def gather(self, content: bytes) -> list[bytes]:
+        """What each rank says, in their order."""
+        if self.size == 1:
+            return [content]
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(content)
+        dist.all_reduce(sizes)
+        longest = max(int(sizes.max()), 1)
+        sent = torch.frombuffer(bytearray(content.ljust(longest, b"\0")), dtype=torch.uint8)
+        received = torch.empty(self.size * longest, dtype=torch.uint8)
+        dist.all_gather_into_tensor(received, sent)
+        return [
+            row.numpy().tobytes()[:size] for row, size in zip(received.view(self.size, -1), sizes.tolist(), strict=True)
+        ]
+
+    def first(self, fault: str | None) -> str | None:
+        """The first rank's that has one."""
+        found = [each.decode() for each in self.gather((fault or "").encode()) if each]
+        return found[0] if found else None
 
     def any(self, *flags: bool) -> list[bool]:
         """Whether some rank says so, for each flag."""

@@ -1,0 +1,251 @@
+"""What computes: a model, its optimizer and one update, on one rank or on this one of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from calledshot.data import Tokenizer
+from calledshot.model import BatchTensors, Decoder, batch_nats, continuing
+from calledshot.objective import Batch
+from calledshot.recipe import Recipe, UsageError, shape
+from calledshot.training import state
+from calledshot.training.optimizer import Optimizer
+from calledshot.training.parallelize import apart, parallelize
+from calledshot.training.pieces import Piece
+from calledshot.training.probe import Machine
+from calledshot.training.slots import shared_slots
+from calledshot.training.world import World
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What came of a step, the same on all ranks."""
+
+    loss: float
+    """Nats per weighted token."""
+    z_loss: float
+    gradient_norm: float
+    squares: Mapping[str, float] | None
+    """The updates' squared norms by parameter; None where something was not finite and nothing was updated."""
+    flags: tuple[bool, ...] = ()
+    """Whether some rank said so."""
+    load_LE: Tensor | None = None
+    """Share of the choices that each expert of each layer got."""
+
+    @property
+    def update_norm(self) -> float | None:
+        """Of all parameters together."""
+        return None if self.squares is None else math.sqrt(sum(self.squares.values()))
+
+
+class Engine:
+    """The training state of a run on this rank, and its step."""
+
+    def __init__(self, recipe: Recipe, chosen: Machine, world: World, tokenizer: Tokenizer, folder: Path) -> None:
+        """`recipe` is resolved; `folder` is the run's, where code of the user's own lies."""
+        self.recipe, self.chosen, self.world = recipe, chosen, world
+        self.rows_per_batch = recipe.batch.tokens // shape(recipe.model).row_positions
+        share = -(-self.rows_per_batch // world.layout.data)
+        self.micro_rows = min(chosen.micro_tokens // shape(recipe.model).row_positions, share)
+        self.micro_batches = -(-share // self.micro_rows)
+        self.tokenizer, self.folder = tokenizer, folder
+        self.build()
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the global batch that are this rank's."""
+        number, total = self.world.data_rank, self.world.layout.data
+        return self.rows_per_batch * number // total, self.rows_per_batch * (number + 1) // total
+
+    def build(self) -> None:
+        """A freshly initialised model with its masters and optimizer: the same weights for any number of ranks."""
+        recipe, world, device = self.recipe, self.world, self.world.device
+        dtype = getattr(torch, self.chosen.dtype)
+        with torch.device("meta"):
+            model = Decoder(recipe.model)
+        mode = recipe.parallel.activation_checkpointing
+        parts = parallelize(model, world, dtype=dtype, checkpointing=mode, compiled=self.chosen.compile)
+        model.to_empty(device=device)
+        generator = torch.Generator(device).manual_seed(recipe.seed)
+
+        def draw(name: str, whole: Tensor) -> None:
+            model.initial(name, whole, generator)
+
+        slots, exchanges = shared_slots(model, parts, world, apart(model, world), dtype, draw)
+        for buffer in model.buffers():
+            buffer.zero_()
+        model.reading = continuing(recipe, self.tokenizer)
+        model.blocked_attention = device.type == "cpu" and self.chosen.compile
+        self.model = model
+        self.optimizer = Optimizer(
+            slots, recipe, compiled=self.chosen.compile, folder=self.folder, world=world, exchanges=exchanges,
+            dtype=dtype,
+        )  # fmt: skip
+
+    def masters(self) -> dict[str, tuple[Tensor, Piece]]:
+        """The float32 truth by name, buffers with it, and which part of it is here."""
+        buffers = {name: (each, Piece.whole(tuple(each.shape))) for name, each in self.model.named_buffers()}
+        return {slot.name: (slot.master, slot.piece) for slot in self.optimizer.slots} | buffers
+
+    def restore(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Takes this rank's part of a checkpoint, whatever number of ranks wrote it."""
+        masters = self.masters()
+        if unknown := sorted(set(state.stored(folder, state.MODEL)) - set(masters)):
+            raise UsageError(
+                f"{folder}: holds {unknown[0]} and {len(unknown) - 1} more that the recipe's model has no place for; "
+                "fork with the model section of the run it comes from"
+            )
+        wanted = {name: piece for name, (_, piece) in masters.items()}
+        for name, tensor in state.read_pieces(folder, state.MODEL, wanted, self.world.device).items():
+            masters[name][0].copy_(tensor.view_as(masters[name][0]))
+        with torch.no_grad():
+            for slot in self.optimizer.slots:
+                slot.rows().copy_(slot.master.view(-1))
+            for exchange in self.optimizer.exchanges:
+                exchange.share()
+        if with_optimizer:
+            wanted = {name: piece for name, (_, piece) in self.optimizer.state().items()}
+            wanted |= {
+                name: Piece.whole(size)
+                for name, size in state.stored(folder, state.OPTIMIZER).items()
+                if name not in wanted
+            }
+            self.optimizer.load_state(state.read_pieces(folder, state.OPTIMIZER, wanted, self.world.device))
+
+    def update(self, batch: Batch, number: int, factor: float, flags: Iterable[bool] = ()) -> Updated:
+        """Update `number` (from 1) on this rank's rows, at `factor` of the peak learning rates. Gradients stay until
+        `optimizer.clear`.
+        """
+        world, device, optimizer = self.world, self.world.device, self.optimizer
+        tensors = BatchTensors.of(batch, device)
+        total = tensors.weights.sum()
+        if world.size > 1:
+            tensors = self._share(tensors)
+            total = tensors.weights.sum()
+            if world.dense is not None:
+                dist.all_reduce(total, group=world.dense)
+        scale = 1.0 / total.clamp(min=1.0)
+        loss = torch.zeros((), device=device)
+        z_loss = torch.zeros((), device=device)
+        loads: list[Tensor] = []
+        for start in range(0, self.micro_rows * self.micro_batches, self.micro_rows):
+            part = tensors.rows(start, start + self.micro_rows)
+            micro_loss, micro_z = self.model.loss(
+                part.inputs, part.targets, part.weights, scale, self.recipe.objective.z_loss, **part.reading
+            )
+            whole = micro_loss + micro_z
+            if self.model.records:
+                share = part.weights.sum() * scale
+                whole = whole + self.model.auxiliary_loss() * share
+                loads.append(torch.stack([record.load_E for record in self.model.records]) * share)
+            whole.backward()
+            loss += micro_loss.detach()
+            z_loss += micro_z.detach()
+            last = start + self.micro_rows == self.micro_rows * self.micro_batches
+            for slot in optimizer.slots:
+                if last or not slot.sharded:  # FSDP adds up by itself
+                    slot.collect()
+        load_LE = torch.stack(loads).sum(0) if loads else None
+        if world.size == 1:
+            norm = optimizer.gradient_norm()
+            values = [*torch.stack((loss, z_loss, norm)).tolist(), *flags]
+        else:
+            if load_LE is not None and world.dense is not None:
+                dist.all_reduce(load_LE, group=world.dense)
+            optimizer.exchange()
+            said = torch.stack(
+                (loss, z_loss, optimizer.squares(), *(torch.tensor(float(each), device=device) for each in flags))
+            )
+            dist.all_reduce(said)
+            norm = said[2].sqrt()
+            values = said.tolist()
+            values[2] = math.sqrt(values[2]) if values[2] >= 0 else values[2]
+        answers = tuple(value > 0 for value in values[3:])
+        if not all(map(math.isfinite, values[:3])):
+            return Updated(values[0], values[1], values[2], None, answers, None)
+        squares = optimizer.step(number, norm, factor)
+        if load_LE is not None and self.recipe.model.balance == "bias":
+            sparse = [block.experts for block in self.model.all_blocks if block.experts is not None]
+            for experts, load_E in zip(sparse, load_LE, strict=True):
+                experts.update_bias(load_E)
+        return Updated(values[0], values[1], values[2], self.summed(squares), answers, load_LE)
+
+    def nats(self, batch: Batch) -> np.ndarray:
+        """Cross-entropy of every target of a batch in nats, float32 (B, T), which all ranks of one place compute
+        together.
+        """
+        layout = self.world.layout
+        if layout.context == 1:
+            return batch_nats(self.model, batch)
+        tensors = BatchTensors.of(batch, self.world.device).columns(self.world.context_rank, layout.context)
+        nats_BT = self.model.token_losses(tensors.inputs, tensors.targets, **tensors.reading)
+        received = nats_BT.new_empty(layout.context, *nats_BT.shape)
+        dist.all_gather_into_tensor(received, nats_BT.contiguous(), group=self.world.context)
+        return torch.cat(list(received), 1).cpu().numpy()
+
+    @contextmanager
+    def generating(self) -> Iterator[Decoder]:
+        """The model, for decoding: all ranks do the same. Under FSDP what is not of a block is gathered meanwhile."""
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()
+        try:
+            yield self.model
+        finally:
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()
+
+    def summed(self, squares: Mapping[str, Tensor]) -> dict[str, float]:
+        """Squared norms of whole parameters from those of this rank's pieces."""
+        if self.world.size == 1:
+            return dict(zip(squares, torch.stack(list(squares.values())).tolist(), strict=True))
+        nothing = torch.zeros((), device=self.world.device)
+        slots = self.optimizer.slots
+        found = torch.stack([squares.get(slot.name, nothing) / slot.copies for slot in slots])
+        dist.all_reduce(found)
+        return dict(zip([slot.name for slot in slots], found.tolist(), strict=True))
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of each parameter's gradient."""
+        squares = {
+            slot.name: slot.gradient.float().square().sum()
+            for slot in self.optimizer.slots
+            if slot.gradient is not None
+        }
+        return {name: math.sqrt(square) for name, square in self.summed(squares).items()}
+
+    def _share(self, tensors: BatchTensors) -> BatchTensors:
+        """This rank's rows, filled up with rows that count for nothing to as many as every rank has, and of them the
+        positions that are this rank's.
+        """
+        missing = self.micro_rows * self.micro_batches - len(tensors.inputs)
+        if missing:
+            tensors = _padded(tensors, missing)
+        layout = self.world.layout
+        return tensors.columns(self.world.context_rank, layout.context) if layout.context > 1 else tensors
+
+
+def _padded(tensors: BatchTensors, missing: int) -> BatchTensors:
+    """A batch with so many rows more, copies of its first one that count for nothing."""
+
+    def more(each: Tensor) -> Tensor:
+        return torch.cat([each, each[:1].expand(missing, *each.shape[1:])])
+
+    cut = {name: more(each) for name, each in vars(tensors).items() if isinstance(each, Tensor)}
+    if tensors.encoder is not None:
+        encoder = {name: None if each is None else more(each) for name, each in vars(tensors.encoder).items()}
+        cut["encoder"] = replace(tensors.encoder, **encoder)
+    padded = replace(tensors, **cut)
+    padded.weights[-missing:] = 0.0
+    if tensors.encoder is None:
+        padded.documents[-missing:] = -1  # what experts count as padding
+    return padded
