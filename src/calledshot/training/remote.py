@@ -14,7 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -24,10 +25,11 @@ from calledshot.rundir.checkpoints import LATEST, MANIFEST, checked_manifest
 from calledshot.rundir.files import to_json
 from calledshot.training.tensorfiles import CHUNK_BYTES
 
-ATTEMPTS = 6
+ATTEMPTS = 8
 FIRST_WAIT_SECONDS = 1.0
 """After the first failure of something; each further one doubles it."""
 NICENESS = 10
+T = TypeVar("T")
 _NAME = re.compile(r"step-(\d+)")
 _RUN = "run.json"
 
@@ -194,7 +196,7 @@ class Uploads:
         self._thread.join(seconds)
         for step in self.needed():
             self._events.append(
-                {"kind": "upload_failed", "step": step, "message": f"not done after {seconds:g} seconds"}
+                {"kind": "upload_failed", "step": step, "message": f"not done within {seconds:g} seconds"}
             )
 
     def _work(self) -> None:
@@ -217,28 +219,35 @@ class Uploads:
                 self._events.append(event)
 
     def _upload(self, step: int) -> dict[str, Any]:
-        remote, started, failures = self.remote, time.perf_counter(), 0
-
-        def attempt(task: Callable[[], Any]) -> Any:
-            nonlocal failures
-            for number in range(ATTEMPTS):
-                try:
-                    return task()
-                except Exception:
-                    failures += 1
-                    if number == ATTEMPTS - 1:
-                        raise
-                    time.sleep(FIRST_WAIT_SECONDS * 2**number)
-
-        attempt(remote.take_over)
-        names = attempt(lambda: remote.begin(step))
+        remote, started, failures = self.remote, time.perf_counter(), []
+        again = partial(persist, failures=failures)
+        again(remote.take_over)
+        names = again(lambda: remote.begin(step))
         for name in names:
-            attempt(lambda name=name: remote.put(step, name))
-        attempt(lambda: remote.finish(step))
-        held_out = held_out_by_step(self.run.standing_rows("validation")) if self.settings.keep_best else {}
-        attempt(lambda: remote.prune(Keep.of(self.settings), held_out, uses(self.run.path)))
+            again(partial(remote.put, step, name))
+        again(lambda: remote.finish(step))
         size = self.run.checkpoint_bytes(step) if names else 0
-        return {"bytes": size, "seconds": time.perf_counter() - started, "failed_attempts": failures}
+        event = {"bytes": size, "seconds": time.perf_counter() - started, "failed_attempts": len(failures)}
+        held_out = held_out_by_step(self.run.standing_rows("validation")) if self.settings.keep_best else {}
+        try:
+            again(lambda: remote.prune(Keep.of(self.settings), held_out, uses(self.run.path)))
+        except Exception as error:  # the next upload tries again
+            event["message"] = f"old checkpoints are left there: {type(error).__name__}: {error}"
+        return event
+
+
+def persist(task: Callable[[], T], failures: list[Exception], final: tuple[type[Exception], ...] = ()) -> T:
+    """Does something until it works, a few times, with growing pauses; `failures` gets what was raised before. Raises
+    the last of it, and what is `final` at once."""
+    for number in range(ATTEMPTS):
+        try:
+            return task()
+        except Exception as error:  # file systems raise what they like
+            failures.append(error)
+            if number == ATTEMPTS - 1 or isinstance(error, final):
+                raise
+            time.sleep(FIRST_WAIT_SECONDS * 2**number)
+    raise AssertionError
 
 
 def fetch(run: RunDirectory, url: str, say: Callable[[str], None]) -> int | None:
@@ -256,8 +265,8 @@ def fetch(run: RunDirectory, url: str, say: Callable[[str], None]) -> int | None
     with suppress(RunError):  # every one damaged: whoever reads them next says so, unless there is one to be had
         here = run.latest_checkpoint()
     try:
-        owner, steps = remote.owner(), remote.steps()
-    except Exception as error:  # file systems raise what they like
+        owner, steps = persist(lambda: (remote.owner(), remote.steps()), [])
+    except Exception as error:
         fault = f"{remote.root}: cannot be read ({type(error).__name__}: {error})"
         if here is None:
             way_out = 'try again, or begin anew with checkpoint.remote=""'
@@ -275,7 +284,7 @@ def fetch(run: RunDirectory, url: str, say: Callable[[str], None]) -> int | None
             continue
         start = time.perf_counter()
         try:
-            size = remote.fetch(step)
+            size = persist(partial(remote.fetch, step), [], final=(RunError,))
         except Exception as error:
             message = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             say(f"warning: {message}; an older checkpoint is taken")
