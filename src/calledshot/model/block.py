@@ -7,10 +7,12 @@ C head width, F hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from calledshot.model.activation import activate
 from calledshot.model.attention import Seen, attend, attend_cached
@@ -54,6 +56,20 @@ class Crossing:
     bias_BTS: Tensor | None = None
 
 
+def keep_products() -> tuple[Any, Any]:
+    """For `checkpoint`: what matrices, fused attention and other ranks gave is kept, and the rest computed again."""
+    from torch._higher_order_ops.flex_attention import flex_attention
+
+    aten, ours, group = torch.ops.aten, torch.ops.calledshot, torch.ops._c10d_functional
+    kept = [
+        aten.mm, aten._scaled_mm, ours.grouped_linear, aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention, group.all_reduce, group.all_gather_into_tensor, group.wait_tensor,
+        ours.exchange_plan, ours.send_rows, ours.return_rows,
+    ]  # fmt: skip
+    return create_selective_checkpoint_contexts([flex_attention, *(each.default for each in kept)])
+
+
 def normalize(x: Tensor, gain: Tensor, epsilon: float, kind: str) -> Tensor:
     """`rmsnorm` (Zhang and Sennrich 2019, arXiv 1910.07467) or `layernorm` (Ba et al. 2016, arXiv 1607.06450, without
     bias) over the last axis, in float32 inside.
@@ -74,6 +90,8 @@ class Block(nn.Module):
         self.model, self.groups, self.epsilon = model, stack.heads // K, model.norm_epsilon
         self.kv_heads, self.head_width = K, C
         self.packed: dict[str, Tensor] | None = None
+        self.checkpointing = "none"
+        """What the backward computes again (`Decoder.checkpoint_blocks`)."""
         self.tensor: Group | None = None
         """Ranks that have other parts of the matrices, for the same tokens."""
         self.context: Group | None = None
@@ -118,6 +136,22 @@ class Block(nn.Module):
         """(B, T, D) to (B, T, D), and what experts say beside it. `seen` may be None where the cache brings a bias;
         `real_BT` marks the tokens that experts' losses are of.
         """
+        inputs = x_BTD, cos, sin, seen, crossing, cache, real_BT
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._branches(*inputs)
+        selective = {"context_fn": keep_products} if self.checkpointing == "selective" else {}
+        return checkpoint(self._branches, *inputs, use_reentrant=False, preserve_rng_state=False, **selective)
+
+    def _branches(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        seen: Seen | None,
+        crossing: Crossing | None,
+        cache: LayerCache | None,
+        real_BT: Tensor | None,
+    ) -> tuple[Tensor, Auxiliary | None]:
         h_BTD = self._before(x_BTD, self.attention_norm_D)
         x_BTD = self._add(x_BTD, self._attention(h_BTD, cos, sin, seen, cache), "attention")
         if crossing is not None:

@@ -178,6 +178,14 @@ class Decoder(nn.Module):
             self.context = Group.of(group)
             share_positions(self, self.context)
 
+    def checkpoint_blocks(self, kind: str) -> None:
+        """What the backward computes again instead of keeping it (Chen et al. 2016, arXiv 1604.06174): `none`; `full`,
+        all of a block but its input; `selective`, what is cheap: all but products with matrices, fused attention and
+        what other ranks gave.
+        """
+        for block in self.all_blocks:
+            block.checkpointing = kind
+
     def compile_blocks(self) -> None:
         """Compile each block (one graph serves all of a stack) and the loss. Whole-model compilation took 58 to 115 s
         here, this 20 to 45.
