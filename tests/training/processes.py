@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from calledshot.rundir import RunDirectory
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["calledshot.training", "calledshot.cli.train"])
 PATIENCE_SECONDS = 120.0
+NUMBERS = itertools.count()
 
 
 class Ended(NamedTuple):
@@ -39,7 +43,7 @@ class Shot:
 
     def __init__(self, lab: Path, *arguments: str, before: Callable[[], None] | None = None) -> None:
         """`before`, a function of a module, is called in the process first: to break something in it."""
-        self._output = lab / f"output-{time.monotonic_ns()}"
+        self._output = lab / f"output-{time.monotonic_ns()}-{next(NUMBERS)}"
         self.process = CONTEXT.Process(target=_main, args=(lab, arguments, self._output, before), daemon=True)
         self.process.start()
 
@@ -79,6 +83,28 @@ class Shot:
 def shot(lab: Path, *arguments: str, before: Callable[[], None] | None = None) -> Ended:
     """Runs `shot ARGUMENTS` in folder `lab` to its end."""
     return Shot(lab, *arguments, before=before).end()
+
+
+def gang(lab: Path, ranks: int, *arguments: str, before: Callable[[], None] | None = None) -> list[Ended]:
+    """Runs `shot ARGUMENTS` as so many ranks of one job to their end; each one's."""
+    return [rank.end() for rank in start_gang(lab, ranks, *arguments, before=before)]
+
+
+def start_gang(lab: Path, ranks: int, *arguments: str, before: Callable[[], None] | None = None) -> list[Shot]:
+    """The same, running. `before` is called in each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        Shot(lab, *arguments, before=functools.partial(_take_place, rank, ranks, port, before)) for rank in range(ranks)
+    ]
+
+
+def _take_place(rank: int, ranks: int, port: int, before: Callable[[], None] | None) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    if before:
+        before()
 
 
 def _main(lab: Path, arguments: tuple[str, ...], output: Path, before: Callable[[], None] | None) -> None:

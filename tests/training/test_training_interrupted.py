@@ -126,9 +126,9 @@ def test_the_second_signal_stops_at_once(lab: Path) -> None:
 
 def interrupt_the_evaluation() -> None:
     """Ctrl-C in the third measurement, between two of its batches."""
-    from calledshot.training import evaluation
+    from calledshot.training.engine import Engine
 
-    measure, calls = evaluation.batch_nats, []
+    measure, calls = Engine.nats, []
 
     def measured(*arguments: object) -> object:
         calls.append(1)
@@ -136,7 +136,7 @@ def interrupt_the_evaluation() -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return measure(*arguments)
 
-    evaluation.batch_nats = measured
+    Engine.nats = measured
 
 
 def test_a_measurement_that_was_interrupted_is_made_after_all(

@@ -163,9 +163,9 @@ class Engine:
             if load_LE is not None and world.dense is not None:
                 dist.all_reduce(load_LE, group=world.dense)
             optimizer.exchange()
-            said = torch.stack(
-                (loss, z_loss, optimizer.squares(), *(torch.tensor(float(each), device=device) for each in flags))
-            )
+            asked = (torch.tensor(float(each), device=device) for each in flags)
+            alike = world.layout.tensor  # ranks that know of the same loss
+            said = torch.stack((loss / alike, z_loss / alike, optimizer.squares(), *asked))
             dist.all_reduce(said)
             norm = said[2].sqrt()
             values = said.tolist()
@@ -184,14 +184,7 @@ class Engine:
         """Cross-entropy of every target of a batch in nats, float32 (B, T), which all ranks of one place compute
         together.
         """
-        layout = self.world.layout
-        if layout.context == 1:
-            return batch_nats(self.model, batch)
-        tensors = BatchTensors.of(batch, self.world.device).columns(self.world.context_rank, layout.context)
-        nats_BT = self.model.token_losses(tensors.inputs, tensors.targets, **tensors.reading)
-        received = nats_BT.new_empty(layout.context, *nats_BT.shape)
-        dist.all_gather_into_tensor(received, nats_BT.contiguous(), group=self.world.context)
-        return torch.cat(list(received), 1).cpu().numpy()
+        return batch_nats(self.model, batch)
 
     @contextmanager
     def generating(self) -> Iterator[Decoder]:
