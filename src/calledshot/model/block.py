@@ -18,6 +18,7 @@ from calledshot.model.activation import activate
 from calledshot.model.attention import Seen, attend, attend_cached
 from calledshot.model.collectives import Group, copy_to, gather_from, reduce_from
 from calledshot.model.experts import Experts
+from calledshot.model.float8 import float8_linear
 from calledshot.model.packing import packed_linear
 from calledshot.model.positions import rotate
 from calledshot.model.routing import Auxiliary
@@ -92,6 +93,8 @@ class Block(nn.Module):
         self.packed: dict[str, Tensor] | None = None
         self.checkpointing = "none"
         """What the backward computes again (`Decoder.checkpoint_blocks`)."""
+        self.float8 = False
+        """Whether the matrices are multiplied in float8 where gradients are taken."""
         self.tensor: Group | None = None
         """Ranks that have other parts of the matrices, for the same tokens."""
         self.context: Group | None = None
@@ -239,7 +242,8 @@ class Block(nn.Module):
         if self.packed is not None:
             return packed_linear(x, self.packed[name])
         weight = getattr(self, name)
-        return F.linear(x, weight.view(-1, weight.size(-1)))
+        weight = weight.view(-1, weight.size(-1))
+        return float8_linear(x, weight) if self.float8 and torch.is_grad_enabled() else F.linear(x, weight)
 
 
 def stacked(model: Shape, stack: Stack) -> nn.ModuleList:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from calledshot.data import Tokenizer
 from calledshot.model import BatchTensors, Decoder, batch_nats, continuing
+from calledshot.model.float8 import has_float8
 from calledshot.objective import Batch
 from calledshot.recipe import Recipe, UsageError, shape
 from calledshot.training import state
@@ -86,6 +87,11 @@ class Engine:
             buffer.zero_()
         model.reading = continuing(recipe, self.tokenizer)
         model.blocked_attention = device.type == "cpu" and self.chosen.compile
+        if recipe.parallel.float8:
+            if not has_float8(device):
+                raise UsageError(f"parallel.float8 = true: {device} has no quick float8; set parallel.float8=false")
+            for block in model.all_blocks:
+                block.float8 = True
         self.model = model
         self.optimizer = Optimizer(
             slots, recipe, compiled=self.chosen.compile, folder=self.folder, world=world, exchanges=exchanges,
