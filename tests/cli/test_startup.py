@@ -15,6 +15,11 @@ HEAVY = {"torch", "transformers", "numpy", "scipy", "tokenizers", "starlette", "
 COMMANDS = """
 ablate
 chat
+checkpoint average
+checkpoint consolidate
+checkpoint list
+checkpoint prune
+checkpoint verify
 convert extend
 convert kv-heads
 convert upcycle

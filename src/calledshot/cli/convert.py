@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from calledshot.recipe import UsageError
+from calledshot.recipe import RunError, UsageError
 
 if TYPE_CHECKING:
     from calledshot.rundir import RunDirectory
@@ -157,7 +158,7 @@ def export(
     import torch
 
     from calledshot.model.huggingface import architecture, export_huggingface
-    from calledshot.rundir import find_lab, resolve_checkpoint
+    from calledshot.rundir import find_lab, record_export, resolve_checkpoint
     from calledshot.training import load_model, run_recipe
     from calledshot.training.state import read_counters
 
@@ -176,6 +177,8 @@ def export(
         provenance=f"Run `{directory.name}` of calledshot, step {loaded.step:,}, {tokens:,} tokens.",
         force=force,
     )
+    with suppress(RunError):  # a run on a read-only disk can be exported too
+        record_export(directory.path, loaded.step, folder)
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     topology = loaded.recipe.model.topology

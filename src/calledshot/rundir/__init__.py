@@ -5,7 +5,7 @@ from calledshot.rundir.files import JsonLines, atomic_write, parse_time, read_js
 from calledshot.rundir.following import FollowedRun
 from calledshot.rundir.lab import find_lab, resolve_checkpoint, resolve_run, runs
 from calledshot.rundir.lock import RunLock
-from calledshot.rundir.retention import Keep, held_out_by_step, uses
+from calledshot.rundir.retention import Keep, held_out_by_step, record_export, uses
 from calledshot.rundir.run import RunDirectory, State, is_run, read_metrics
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_metrics",
+    "record_export",
     "resolve_checkpoint",
     "resolve_run",
     "runs",

@@ -125,7 +125,7 @@ class Checkpoints:
                 if all(path.exists() and path.stat().st_size == entry["bytes"] for path, entry in entries.items()):
                     self._sealed |= entries
                     missing.discard(rank)
-            size = sum(entry.stat().st_size for entry in os.scandir(partial))
+            size = _size(partial)
             if size != written:
                 written, changed = size, time.monotonic()
             elif time.monotonic() > changed + deadline_seconds:
@@ -191,12 +191,12 @@ class Checkpoints:
         return final
 
     @contextmanager
-    def checkpoint_writer(self, step: int, incarnation: int = 0) -> Iterator[Path]:
+    def checkpoint_writer(self, step: int, incarnation: int = 0, *, latest: bool = True) -> Iterator[Path]:
         """A save by one process: yields the folder to write into, publishes it at the end, removes it on any error."""
         partial = self.begin_checkpoint(step)
         try:
             yield partial
-            self.publish_checkpoint(step, incarnation)
+            self.publish_checkpoint(step, incarnation, latest=latest)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if is_disk_full(error) and not isinstance(error, RunError):
@@ -216,12 +216,15 @@ class Checkpoints:
             if entry.name.startswith((_PARTIAL, _TRASH, _OLD)):
                 shutil.rmtree(entry, ignore_errors=True)
 
-    def complete_checkpoints(self) -> list[int]:
-        """Steps, ascending, whose checkpoint has its manifest and every file in full size; hashes are not looked at."""
+    def checkpoint_steps(self) -> list[int]:
+        """Steps, ascending, that there is a checkpoint of, whole or damaged."""
         if not self.folder.is_dir():
             return []
-        steps = (int(match[1]) for entry in self.folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
-        return sorted(step for step in steps if self._fault(step, hashes=False) is None)
+        return sorted(int(match[1]) for entry in self.folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
+
+    def complete_checkpoints(self) -> list[int]:
+        """Steps, ascending, whose checkpoint has its manifest and every file in full size; hashes are not looked at."""
+        return [step for step in self.checkpoint_steps() if self.fault(step, hashes=False) is None]
 
     def latest(self) -> int | None:
         """Step of the checkpoint to continue from, by name and size alone; None when there is none."""
@@ -237,7 +240,7 @@ class Checkpoints:
         """
         passed_over: list[str] = []
         for step in self._candidates(complete=False):
-            fault = self._verify(step, share, agree) if verify else self._fault(step, hashes=False)
+            fault = self.check(step, share, agree) if verify else self.fault(step, hashes=False)
             if fault is None:
                 return CheckpointFound(step, self.checkpoint_path(step), tuple(passed_over))
             passed_over.append(fault)
@@ -255,9 +258,9 @@ class Checkpoints:
         if not self.checkpoint_path(step).is_dir():
             known = ", ".join(map(str, self.complete_checkpoints())) or "none"
             raise UsageError(f"{self.path}: has no checkpoint of step {step}; complete ones: {known}")
-        if fault := self._verify(step, share, agree):
+        if fault := self.check(step, share, agree):
             others = (other for other in self._candidates() if other != step)
-            good = next((other for other in others if self._verify(other, share, agree) is None), None)
+            good = next((other for other in others if self.check(other, share, agree) is None), None)
             way_out = (
                 "no other checkpoint is good" if good is None else f"the newest other good checkpoint is step {good}"
             )
@@ -274,7 +277,7 @@ class Checkpoints:
         candidates = self._candidates()
         good = next((step for step in candidates if (self.checkpoint_path(step) / VERIFIED).exists()), None)
         if good is None:
-            good = next((step for step in candidates if self._verify(step) is None), None)
+            good = next((step for step in candidates if self.check(step) is None), None)
         if good is None:
             return {}
         sizes = {step: self.checkpoint_bytes(step) for step in self.complete_checkpoints()}
@@ -313,11 +316,7 @@ class Checkpoints:
 
     def _candidates(self, complete: bool = True) -> list[int]:
         """Steps to continue from, best first: the latest and those before it; later ones were left by a rollback."""
-        if complete:
-            steps = self.complete_checkpoints()
-        else:
-            names = (entry.name for entry in self.folder.iterdir()) if self.folder.is_dir() else ()
-            steps = [int(match[1]) for name in names if (match := _NAME.fullmatch(name))]
+        steps = self.complete_checkpoints() if complete else self.checkpoint_steps()
         pointer = self.latest_pointer()
         return sorted((step for step in steps if pointer is None or step <= pointer), reverse=True)
 
@@ -328,9 +327,14 @@ class Checkpoints:
             pointer = _NAME.fullmatch((self.folder / LATEST).read_text().strip())
         return int(pointer[1]) if pointer else None
 
-    def _verify(self, step: int, share: tuple[int, int] = (0, 1), agree: Agree | None = None) -> str | None:
+    def verified(self, step: int) -> str | None:
+        """When the hashes of a checkpoint were last right, since it was last found damaged; None for never."""
+        note = _read_or_none(self.checkpoint_path(step) / VERIFIED)
+        return str(note.get("time")) if isinstance(note, dict) else None
+
+    def check(self, step: int, share: tuple[int, int] = (0, 1), agree: Agree | None = None) -> str | None:
         """What is wrong with a checkpoint, None and a note beside it when its hashes are right."""
-        fault = self._fault(step, hashes=True, share=share)
+        fault = self.fault(step, hashes=True, share=share)
         if agree is not None:
             fault = agree(fault)
         if share[0] != 0:
@@ -343,7 +347,7 @@ class Checkpoints:
                 (self.checkpoint_path(step) / VERIFIED).unlink()
         return fault
 
-    def _fault(self, step: int, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | None:
+    def fault(self, step: int, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | None:
         """What is wrong with a checkpoint, as one line that begins with the damaged file."""
         path = self.checkpoint_path(step)
         try:
@@ -369,6 +373,15 @@ class Checkpoints:
         return None
 
 
+def _size(folder: Path) -> int:
+    """Bytes in the files of a folder that others are writing into."""
+    size = 0
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            size += entry.stat().st_size
+    return size
+
+
 def _read_or_none(path: Path) -> Any:
     """A JSON file that another process may not have written yet."""
     with suppress(RunError, OSError):
@@ -384,7 +397,7 @@ def checked_manifest(content: Any, origin: str) -> dict[str, Any]:
         raise RunError(f"{origin}: {_NOT_COMPLETE}") from error
     for name, (size, sha256) in files.items():
         place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or "\0" in name:
+        if place.is_absolute() or ".." in place.parts or not name.isprintable():
             raise RunError(f"{origin}: names {name!r}, which is not a file of its folder")
         if size < 0 or len(sha256) != 64:
             raise RunError(f"{origin}: {_NOT_COMPLETE}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from calledshot.recipe.errors import RunError
 from calledshot.recipe.schema import Checkpoint
-from calledshot.rundir.files import read_json, read_jsonl
+from calledshot.rundir.files import JsonLines, read_json, read_jsonl
 
 EXPORTS = "exports.jsonl"
 
@@ -103,3 +103,10 @@ def uses(run: Path) -> dict[int, str]:
             if isinstance(step, int):
                 found[step] = f"{file.parent.name} was made of it"
     return found
+
+
+def record_export(run: Path, step: int, folder: Path) -> None:
+    """Notes in the run at `run` that the model in `folder` came from its checkpoint of that step, which then stays.
+    RunError when the run cannot be written."""
+    with JsonLines(run / EXPORTS) as exports:
+        exports.append({"step": step, "folder": str(folder.absolute())})

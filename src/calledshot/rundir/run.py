@@ -31,6 +31,7 @@ from calledshot.rundir.files import (
 )
 from calledshot.rundir.lock import RunLock, is_locked
 from calledshot.rundir.merge import merge, standing, starts
+from calledshot.rundir.retention import Keep, held_out_by_step, uses
 
 State = Literal["running", "done", "failed", "interrupted"]
 Log = Literal["metrics", "validation", "events", "samples", "skips", "supervisor"]
@@ -248,6 +249,34 @@ class RunDirectory(Checkpoints):
         for writer in list(self._writers.values()):  # the trainer may open another one meanwhile
             writer.sync()
         return super().publish_checkpoint(step, self.incarnation if incarnation is None else incarnation, latest=latest)
+
+    def checkpoints(self, rule: Keep) -> list[dict[str, Any]]:
+        """What is known of each checkpoint, in the order of steps: step, bytes, time, incarnation, files, `latest`
+        (whether it is to be continued from), bits_per_byte on held-out text, when it was verified, what is wrong with
+        it by size, and why the rule keeps it. None where something is not known, or nothing is wrong or kept.
+        """
+        held_out, latest = held_out_by_step(self.standing_rows("validation")), self.latest()
+        kept = self.kept(rule, held_out, uses(self.path))
+        found = []
+        for step in self.checkpoint_steps():
+            fault = self.fault(step, hashes=False)
+            manifest = {} if fault else self.manifest(step)
+            files = manifest.get("files", {})
+            found.append(
+                {
+                    "step": step,
+                    "bytes": sum(entry["bytes"] for entry in files.values()) if files else None,
+                    "time": manifest.get("time"),
+                    "incarnation": manifest.get("incarnation"),
+                    "files": len(files) or None,
+                    "latest": step == latest,
+                    "bits_per_byte": held_out.get(step),
+                    "verified": self.verified(step),
+                    "fault": fault,
+                    "kept": kept.get(step),
+                }
+            )
+        return found
 
     def close(self) -> None:
         """Closes the logs; the next `writer` opens them again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from calledshot.rundir.files import write_failure
 from calledshot.training import state
 from calledshot.training.load import run_recipe, sized
 from calledshot.training.optimizer import KNOWN
+from calledshot.training.pieces import Piece
+from calledshot.training.tensorfiles import bytes_of, lay_out
 from calledshot.training.train import check_name, reference
 
 IMPORTED_OPTIMIZER = schema.Optimizer(name="adamw", learning_rate=1e-4, transfer="none")
@@ -30,6 +32,8 @@ IMPORTED_BATCH = 131_072
 """Tokens of an imported run's batch, as far as they are 8 sequences at least and 64 at most."""
 IMPORTED_STEPS = 1000
 """Updates of its recipe, until somebody says more."""
+BYTES_AT_ONCE = 2**29
+"""Of a checkpoint that is written anew, in memory."""
 
 
 def upcycle(
@@ -151,6 +155,71 @@ def _reading(model: schema.Model, context: int) -> schema.Model:
     if context < 0:
         raise UsageError(f"--context {context}: must be 1 or more, or 0 for the model's own")
     return replace(model, context=context or min(model.context, max(IMPORTED_CONTEXT, model.rope_original_context)))
+
+
+def average(parent: RunDirectory, steps: Sequence[int], lab: Path, name: str) -> RunDirectory:
+    """A run whose weights are the mean of several of a run's checkpoints, taken in float64 (Izmailov et al. 2018,
+    arXiv 1803.05407; of one run's last checkpoints, Vaswani et al. 2017), with a fresh optimizer. What is not a
+    floating-point number comes from the last of them.
+    """
+    path = _free(lab, name)
+    if len(set(steps)) < 2:
+        raise UsageError("an average needs at least two checkpoints; `shot checkpoint list` shows which there are")
+    recipe = replace(run_recipe(parent), name=name)
+    tokenizer = (parent.path / "tokenizer.json").read_text(encoding="utf-8")
+    recipe = sized(recipe, Tokenizer.from_json(tokenizer, str(parent.path / "tokenizer.json")))
+    folders = [found.path for step in sorted(set(steps)) if (found := state.find(parent, step)) is not None]
+
+    def mean(name: str, shape: tuple[int, ...]) -> Tensor:
+        wanted = {name: Piece.whole(shape)}
+        newest = state.read_pieces(folders[-1], state.MODEL, wanted)[name]
+        if not newest.is_floating_point():
+            return newest
+        total = newest.double()
+        for folder in folders[:-1]:
+            total += state.read_pieces(folder, state.MODEL, wanted)[name]
+        return (total / len(folders)).to(newest.dtype)
+
+    tensors = {name: mean(name, shape) for name, shape in state.stored(folders[-1], state.MODEL).items()}
+    lineage = {
+        "parent": reference(parent, lab), "step": max(steps), "steps": sorted(set(steps)),
+        "tokens": state.read_counters(folders[-1]).tokens, "fresh_optimizer": True, "conversion": "average",
+    }  # fmt: skip
+    return _made(path, recipe, tokenizer, lineage, tensors, parent=parent)
+
+
+def consolidate(run: RunDirectory, step: int | None) -> tuple[int, int]:
+    """Replaces a checkpoint (the newest whole one) that several ranks wrote by one of single files, as one rank writes
+    them; its step, and how many ranks there were. The run's lock is held. A kill leaves the one or the other.
+
+    UsageError when the run has no checkpoint; RunError when the one asked for is damaged.
+    """
+    found = state.find(run, step)
+    if found is None:
+        raise UsageError(f"{run.path}: has no checkpoint yet; `shot resume {run.name}` trains on")
+    writers = len(state.files(found.path, state.MODEL))
+    if writers > 1:
+        incarnation = int(run.manifest(found.step).get("incarnation") or 0)
+        with run.checkpoint_writer(found.step, incarnation, latest=False) as folder:
+            for kind in (state.MODEL, state.OPTIMIZER):
+                run.write_checkpoint_file(found.step, kind, _single(found.path, kind))
+            atomic_write(folder / state.COUNTERS, (found.path / state.COUNTERS).read_bytes())
+    return found.step, writers
+
+
+def _single(folder: Path, kind: str) -> Iterator[bytes | memoryview]:
+    """A kind of tensors as the bytes of one safetensors file, a few of them in memory at a time."""
+    wholes = state.stored(folder, kind)
+    dtypes = state.dtypes(folder, kind)
+    header, places = lay_out({name: (dtypes[name], shape) for name, shape in wholes.items()})
+    yield header
+    names: list[str] = []
+    for number, (name, (_, end)) in enumerate(places.items(), 1):
+        names.append(name)
+        if end - places[names[0]][0] >= BYTES_AT_ONCE or number == len(places):
+            tensors = state.read_pieces(folder, kind, {one: Piece.whole(wholes[one]) for one in names})
+            yield from (bytes_of(tensors[one]).data for one in names)
+            names.clear()
 
 
 def _converted(

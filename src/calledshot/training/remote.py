@@ -227,7 +227,8 @@ class Uploads:
             again(partial(remote.put, step, name))
         again(lambda: remote.finish(step))
         size = self.run.checkpoint_bytes(step) if names else 0
-        event = {"bytes": size, "seconds": time.perf_counter() - started, "failed_attempts": len(failures)}
+        seconds = time.perf_counter() - started
+        event: dict[str, Any] = {"bytes": size, "seconds": seconds, "failed_attempts": len(failures)}
         held_out = held_out_by_step(self.run.standing_rows("validation")) if self.settings.keep_best else {}
         try:
             again(lambda: remote.prune(Keep.of(self.settings), held_out, uses(self.run.path)))

@@ -120,6 +120,11 @@ def stored(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
     return {name: whole.shape for name, whole in _wholes(folder, kind)[1].items()}
 
 
+def dtypes(folder: Path, kind: str) -> dict[str, str]:
+    """Names and types, as safetensors calls them, of the same."""
+    return {name: whole.dtype for name, whole in _wholes(folder, kind)[1].items()}
+
+
 def _wholes(folder: Path, kind: str) -> tuple[int, dict[str, Whole]]:
     """Number of writers, and the tensors, of any checkpoint."""
     if (folder / PIECES).exists():
