@@ -106,6 +106,19 @@ def test_yarn_keeps_what_turns_often_and_interpolates_what_does_not_turn_once():
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
 
 
+@pytest.mark.parametrize("scaling", ["dynamic", "yarn", "llama3"])
+def test_an_encoder_of_its_own_length_turns_as_a_decoder_of_that_length(scaling):
+    """Both were extended by 8, the encoder from twice the length."""
+    keys = {"rope_scaling": scaling, "rope_factor": 8.0}
+    both = config("encoder-decoder", **keys, context=4096, encoder_context=8192, rope_original_context=512)
+    alone = config(**keys, context=8192, rope_original_context=1024)
+    decoder = config(**keys, context=4096, rope_original_context=512)
+    positions = torch.arange(0, 8192, 61)[None]
+    for found, expected in ((rotary(positions, both, 64, encoder=True), alone), (rotary(positions, both, 64), decoder)):
+        for ours, theirs in zip(found, rotary(positions, expected, 64), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("shift", [1, 500, 3000])
 def test_scores_depend_on_the_distance_alone(scaling, shift):

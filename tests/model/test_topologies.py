@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 from trunks import TOPOLOGIES, config, random_model, row
 
-from calledshot.model import BatchTensors, Decoder, EncoderInputs
+from calledshot.model import BatchTensors, Decoder, EncoderInputs, Reading, Request, Sampling, generate
 from calledshot.objective import Batch
 from calledshot.objective.batch import Encoded
 from calledshot.recipe import Recipe, schema
@@ -66,6 +66,60 @@ def test_the_first_predictions_are_uniform(topology, placement):
     tokens = arguments.pop("tokens")
     losses = decoder.token_losses(tokens, tokens.roll(1), **arguments)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(96)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_begins_small_only_where_it_is_the_head_too(tied):
+    """An encoder of another width has a table of its own."""
+    decoder = initialised(config("narrow encoder", width=64, vocabulary=960, tied_embeddings=tied))
+    assert float(decoder.embedding_VD.data.std()) == pytest.approx(64**-0.75 if tied else 1.0, rel=0.02)
+    assert float(decoder.encoder.embedding_VD.data.std()) == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_parameters_drawn_one_at_a_time_are_those_of_the_whole(topology):
+    decoder = initialised(config(topology, norm_placement="sandwich", experts=4))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        whole = torch.empty(parameter.shape)
+        decoder.initial(name, whole, generator)
+        assert torch.equal(whole, parameter), name
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_parameters_may_come_as_plain_matrices(topology, experts):
+    """As FSDP keeps them: forwards, backwards and through a cache."""
+    whole, flat = (random_model(config(topology, experts=experts, shared_expert_hidden=8)) for _ in range(2))
+    for module in flat.modules():
+        for name, each in list(module.named_parameters(recurse=False)):
+            if each.dim() > 2:
+                setattr(module, name, torch.nn.Parameter(each.data.view(-1, each.size(-1))))
+    losses = [loss_of(each, **two_documents(each)) for each in (whole, flat)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(flat.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours.grad.view(-1), theirs.grad.view(-1))
+    request = Request((1, 2, 3), 4, Sampling(temperature=0.0), reading=Reading(start=(1,)))
+    assert generate(flat, [request])[0].tokens == generate(whole, [request])[0].tokens
+
+
+@pytest.mark.parametrize("topology", ["decoder", "encoder-decoder"])
+def test_blocks_are_called_and_not_compiled_where_something_hangs_on_the_call(topology):
+    decoder, calls = random_model(config(topology)), []
+    decoder.hooked = True
+    for block in decoder.all_blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        block.compile(backend=lambda *_: pytest.fail("compiled"))
+    arguments = two_documents(decoder)
+    tokens = arguments.pop("tokens")
+    decoder.token_losses(tokens, tokens.roll(1), **arguments)
+    assert calls == [False] * len(decoder.all_blocks)
+    calls.clear()
+    generate(decoder, [Request((1, 2, 3), 4, reading=Reading(start=(1,)))])
+    encoder = 0 if decoder.encoder is None else len(decoder.encoder.blocks)
+    assert len(calls) == encoder + 4 * len(decoder.blocks)
 
 
 @pytest.mark.parametrize("layers, encoder_layers", [(4, 4), (2, 8)])

@@ -203,7 +203,7 @@ class Decoder(nn.Module):
         real_BT = None
         if self.config.experts and seen.mask.documents_BT is not None:
             real_BT = seen.mask.documents_BT >= 0
-        cos, sin = self._rotary(positions_BT)
+        cos, sin = self._rotary(positions_BT, encoder=not seen.mask.ordered)
         for block in blocks:
             # Compiled code is for training: without gradients each new shape would be compiled once more.
             run = block if torch.is_grad_enabled() else self._uncompiled(block)
@@ -215,10 +215,10 @@ class Decoder(nn.Module):
     def _uncompiled(self, block: nn.Module) -> Callable[..., tuple[Tensor, Auxiliary | None]]:
         return block._call_impl if self.hooked else block.forward
 
-    def _rotary(self, positions_BT: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _rotary(self, positions_BT: Tensor, *, encoder: bool = False) -> tuple[Tensor | None, Tensor | None]:
         if self.config.positions != "rope":
             return None, None
-        return rotary(positions_BT, self.derived, self.derived.head_width)
+        return rotary(positions_BT, self.derived, self.derived.head_width, encoder=encoder)
 
     def _ready(self, mask: Mask, table_HR: Tensor | None = None) -> Seen:
         like = self.embedding_VD

@@ -17,7 +17,7 @@ LLAMA3_FAST, LLAMA3_SLOW = 4.0, 1.0
 """Turns over the original context from which a wavelength is kept, and below which it is stretched whole."""
 
 
-def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
+def frequencies(model: schema.Model, width: int, *, encoder: bool = False) -> tuple[Tensor, float]:
     """Radians a position of each pair of a head of `width`, float32 (C / 2,), and the factor on cosines and sines.
 
     | `rope_scaling` | |
@@ -31,12 +31,16 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
     `transformers` raises the base of "dynamic" with the length at hand; here it is that of the whole context from the
     start, so that cached keys stay right. YaRN is Peng et al. 2023, arXiv 2309.00071, with the ramp of `transformers`'
     modeling_rope_utils.py.
+
+    `rope_original_context` is the decoder's; an encoder's is to it as its context to the decoder's, since both grow by
+    one factor. So "dynamic", which knows the growth alone, raises both bases alike.
     """
     base, factor = raised_base(model, width), model.rope_factor
+    original = model.rope_original_context * (model.encoder_context / model.context if encoder else 1)
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     kept = base**-exponents
     if model.rope_scaling == "llama3":
-        turns = kept * (model.rope_original_context / (2 * math.pi))
+        turns = kept * (original / (2 * math.pi))
         ramp = ((turns - LLAMA3_SLOW) / (LLAMA3_FAST - LLAMA3_SLOW)).clamp(0, 1)
         return kept / factor * (1 - ramp) + kept * ramp, 1.0
     if model.rope_scaling != "yarn":
@@ -44,7 +48,7 @@ def frequencies(model: schema.Model, width: int) -> tuple[Tensor, float]:
 
     def pair(turns: float) -> float:
         """The pair whose wavelength turns so often over the original context."""
-        return width * math.log(model.rope_original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = max(math.floor(pair(YARN_FAST)), 0), min(math.ceil(pair(YARN_SLOW)), width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
@@ -66,13 +70,13 @@ def yarn_attention(factor: float) -> float:
     return 0.1 * math.log(factor) + 1.0
 
 
-def rotary(positions_BT: Tensor, model: schema.Model, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, T, C / 2), float32, at integer positions."""
+def rotary(positions_BT: Tensor, model: schema.Model, width: int, *, encoder: bool = False) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, C / 2), float32, at integer positions of the decoder, or of the `encoder`."""
     if model.rope_scaling == "none":
         exponents = torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32) / width
         angles = positions_BT[..., None].float() * model.rope_base**-exponents
         return angles.cos(), angles.sin()
-    rates, factor = frequencies(model, width)
+    rates, factor = frequencies(model, width, encoder=encoder)
     angles = positions_BT[..., None].float() * rates.to(positions_BT.device)
     return angles.cos() * factor, angles.sin() * factor
 
