@@ -249,3 +249,20 @@ def test_rows_are_divided_evenly_and_matrices_are_not_cut() -> None:
         ]
         assert max(rest) - min(rest) <= 2 * 64
     assert Layout(2, 3, 1, 2).data == 6
+
+
+def test_an_optimizer_of_ones_own_goes_on_from_its_state(lab: Path) -> None:
+    (lab / "sign.py").write_text(
+        "import torch\n\n\nclass Sign(torch.optim.Optimizer):\n"
+        "    def __init__(self, groups, lr):\n        super().__init__(groups, {'lr': lr})\n\n"
+        "    @torch.no_grad()\n    def step(self):\n        for group in self.param_groups:\n"
+        "            for p in group['params']:\n"
+        "                held = self.state[p].setdefault('held', torch.zeros_like(p))\n"
+        "                held.lerp_(p.grad, 0.1)\n                p.sub_(held.sign(), alpha=group['lr'] * 0.05)\n"
+    )
+    own = ("optimizer.name=sign.py:Sign", "optimizer.learning_rate=0.01")
+    alone = train(lab, "sign-alone", 1, *own)
+    ranks = train(lab, "sign-ranks", 2, *own, before=stop_first_rank_at_20)
+    assert ranks.state() == "interrupted"
+    train(lab, "sign-ranks", 3, *own)
+    assert losses(ranks) == pytest.approx(losses(alone), rel=1e-3)

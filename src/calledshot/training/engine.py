@@ -120,12 +120,7 @@ class Engine:
             for exchange in self.optimizer.exchanges:
                 exchange.share()
         if with_optimizer:
-            wanted = {name: piece for name, (_, piece) in self.optimizer.state().items()}
-            wanted |= {
-                name: Piece.whole(size)
-                for name, size in state.stored(folder, state.OPTIMIZER).items()
-                if name not in wanted
-            }
+            wanted = self.optimizer.wanted(state.stored(folder, state.OPTIMIZER))
             self.optimizer.load_state(state.read_pieces(folder, state.OPTIMIZER, wanted, self.world.device))
 
     def update(self, batch: Batch, number: int, factor: float, flags: Iterable[bool] = ()) -> Updated:

@@ -198,7 +198,7 @@ class Muon(Part):
 
 
 class Borrowed(Part):
-    """Any `torch.optim.Optimizer` of the user's own, over the masters."""
+    """Any `torch.optim.Optimizer` of the user's own, over the masters; of several ranks each steps its own rows."""
 
     def __init__(self, slots: Sequence[Slot], recipe: Recipe, factory: Callable[..., torch.optim.Optimizer]) -> None:
         super().__init__(slots)
@@ -227,7 +227,7 @@ class Borrowed(Part):
                 for key, value in self.inner.state[slot.master].items()
             }
             slot.master.grad = None
-            slot.working.data.copy_(slot.master)
+            slot.rows().copy_(slot.master.view(-1))
         return {slot.name: (slot.master - old).square().sum() for slot, old in zip(self.slots, before, strict=True)}
 
 
@@ -319,6 +319,15 @@ class Optimizer:
             for slot in self.slots
             for key, value in slot.state.items()
         }
+
+    def wanted(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
+        """What of a checkpoint's state, given as shapes by name, is this rank's."""
+        found = {name: piece for name, (_, piece) in self.state().items()}
+        for slot in self.slots:  # an optimizer of the user's own has no state before its first step
+            for name, shape in stored.items():
+                if name.startswith(f"{slot.name}.") and name not in found:
+                    found[name] = slot.piece if shape == slot.piece.shape else Piece.whole(shape)
+        return found
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the state that `state` gave."""
