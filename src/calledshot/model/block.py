@@ -48,7 +48,9 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Crossing:
-    """What a decoder's layer sees of the encoder: its output with a mask, or keys and values kept from before."""
+    """What a decoder's layer sees of the encoder: its output with a mask, or keys and values that are kept, where the
+    output comes with them only to be kept.
+    """
 
     encoded_BSD: Tensor | None = None
     seen: Seen | None = None
@@ -216,14 +218,18 @@ class Block(nn.Module):
             q = normalize(q, copy_to(self.cross_query_norm_C, self.tensor), self.epsilon, "rmsnorm")
         if crossing.bias_BTS is not None:
             assert crossing.keys_BKSC is not None and crossing.values_BKSC is not None
+            if crossing.encoded_BSD is not None:
+                k, v = self._cross_keys_values(crossing.encoded_BSD)
+                S = k.size(1)
+                crossing.keys_BKSC[:, :, :S], crossing.values_BKSC[:, :, :S] = k.transpose(1, 2), v.transpose(1, 2)
             y = attend_cached(q, crossing.keys_BKSC, crossing.values_BKSC, crossing.bias_BTS)
         else:
             assert crossing.encoded_BSD is not None and crossing.seen is not None
-            k, v = self.cross_keys_values(crossing.encoded_BSD)
+            k, v = self._cross_keys_values(crossing.encoded_BSD)
             y = attend(q, k, v, crossing.seen)
         return reduce_from(self._linear(y.reshape(B, T, -1), "cross_out_DHC"), self.tensor)
 
-    def cross_keys_values(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_keys_values(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, K, C) of what the encoder gave."""
         kv = self._linear(copy_to(encoded_BSD, self.tensor), "cross_key_value_K2CD")
         k, v = kv.view(*encoded_BSD.shape[:2], self.kv_heads, 2, self.head_width).unbind(3)

@@ -313,9 +313,6 @@ class Decoder(nn.Module):
         encoder_inputs: EncoderInputs | None,
     ) -> Tensor:
         cross_bias_B1S, begins = cache.cross_bias_B1S, positions_BT is None
-        if encoder_inputs is not None:
-            assert cross_bias_B1S is not None
-            self._keep_encoded(encoder_inputs, cache, cross_bias_B1S)
         B, T = tokens_BT.shape
         if positions_BT is None:
             positions_BT = torch.arange(T, device=tokens_BT.device)[None].expand_as(tokens_BT)
@@ -327,10 +324,14 @@ class Decoder(nn.Module):
                 new = slice(start, start + piece)
                 at_BT = positions_BT[:, new]
                 reached = cache.part(slice(B), int(at_BT.max()) + 1)
+                first = encoder_inputs if not start else None
                 parts.append(
-                    self._cached(tokens_BT[:, new], None if begins and not start else at_BT, reached, regions_BT, None)
+                    self._cached(tokens_BT[:, new], None if begins and not start else at_BT, reached, regions_BT, first)
                 )
             return torch.cat(parts, 1)
+        encoded_BSD = None
+        if encoder_inputs is not None and cross_bias_B1S is not None:
+            encoded_BSD = self._encode_to_keep(encoder_inputs, cross_bias_B1S)
         x_BTD = F.embedding(tokens_BT, self.embedding_VD)
         cos, sin = self._rotary(positions_BT)
         seen = bias_BTS = head_bias_BHTS = None
@@ -347,25 +348,24 @@ class Decoder(nn.Module):
             crossing = None
             if self.encoder is not None:
                 cross = cache.cross_keys[number], cache.cross_values[number]
-                crossing = Crossing(None, None, *cross, cross_bias_B1S)
+                crossing = Crossing(encoded_BSD, None, *cross, cross_bias_B1S)
             x_BTD, _ = self._uncompiled(block)(x_BTD, cos, sin, seen, crossing, layer)
         return self._normalized(x_BTD, self.final_norm_D)
 
-    def _keep_encoded(self, inputs: EncoderInputs, cache: Cache, bias_B1S: Tensor) -> None:
-        """Keys and values of what the encoder gives go into the cache, for every layer."""
+    def _encode_to_keep(self, inputs: EncoderInputs, bias_B1S: Tensor) -> Tensor:
+        """What the encoder gives, for keys and values that stay in a cache; zero on padding, where `bias_B1S` is made
+        -inf.
+        """
         encoded_BSD, documents_BS = self.encode(inputs)
         S = encoded_BSD.size(1)
         bias_B1S.fill_(-torch.inf)
         bias_B1S[:, :, :S] = 0.0
         if documents_BS is None:
-            documents_BS = torch.zeros(encoded_BSD.shape[:2], device=encoded_BSD.device)
+            return encoded_BSD
         padding_BS = documents_BS < 0
         # A row of padding alone sees zeros: no weights could be made of scores that are all -inf.
         bias_B1S[:, 0, :S].masked_fill_(padding_BS & ~padding_BS.all(1, keepdim=True), -torch.inf)
-        for block, keys, values in zip(self.blocks, cache.cross_keys, cache.cross_values, strict=True):
-            k, v = block.cross_keys_values(encoded_BSD)  # ty: ignore
-            v = v.masked_fill(padding_BS[:, :, None, None], 0.0)
-            keys[:, :, :S], values[:, :, :S] = k.transpose(1, 2), v.transpose(1, 2)
+        return encoded_BSD.masked_fill(padding_BS[..., None], 0.0)
 
     @torch.no_grad()
     def packed(self) -> Decoder:
