@@ -25,6 +25,8 @@ def compiler():
 
 PATHS = ("blocked", "sdpa", "sdpa in parts")
 KINDS = ("causal", "packed", "prefix", "packed prefix", "open", "packed encoder", "cross", "packed cross")
+PARTS = ("packed part", "packed prefix part")
+"""Queries that are the second half of a row."""
 
 
 def regions_of(T: int) -> Tensor:
@@ -38,6 +40,12 @@ def regions_of(T: int) -> Tensor:
 
 def mask_of(kind: str, T: int) -> Mask:
     """One row; where documents are packed their ends fall between those of row blocks and regions, padding behind."""
+    if kind in PARTS:
+        whole = mask_of(kind.removesuffix(" part"), 2 * T)
+        assert whole.documents_BT is not None
+        keys = {"key_documents_BS": whole.documents_BT, "key_regions_BS": whole.regions_BT}
+        regions = None if whole.regions_BT is None else whole.regions_BT[:, T:]
+        return Mask(T, 2 * T, documents_BT=whole.documents_BT[:, T:], regions_BT=regions, first=T, **keys)
     documents_1T = row(T // 6, 1, 2 * T // 3, width=T)[0] if "packed" in kind else None
     S = 3 * T // 4 if "cross" in kind else T
     # The second document of the decoder has no counterpart, and neither has padding.
@@ -53,10 +61,11 @@ def rule_in_words(mask: Mask) -> Tensor:
     documents = None if mask.documents_BT is None else mask.documents_BT[0].tolist()
     keys = documents if mask.key_documents_BS is None else mask.key_documents_BS[0].tolist()
     regions = None if mask.regions_BT is None else mask.regions_BT[0].tolist()
+    key_regions = regions if mask.key_regions_BS is None else mask.key_regions_BS[0].tolist()
 
     def sees(t: int, s: int) -> bool:
-        same_region = regions is not None and regions[t] > 0 and regions[t] == regions[s]
-        in_time = not mask.ordered or s <= t or same_region
+        same_region = regions is not None and regions[t] > 0 and regions[t] == key_regions[s]
+        in_time = not mask.ordered or s <= mask.first + t or same_region
         return in_time and (documents is None or keys is None or documents[t] == keys[s])
 
     return torch.tensor([[sees(t, s) for s in range(mask.keys)] for t in range(mask.queries)])
@@ -86,7 +95,7 @@ def softmax_written_out(q: Tensor, k: Tensor, v: Tensor, seen_TS: Tensor, bias_H
     return torch.einsum("bkgts,bskc->btkgc", weights, v.double())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + PARTS)
 def test_the_mask_is_its_rule_in_words(kind):
     mask = mask_of(kind, 24)
     assert torch.equal(mask.allowed(0, mask.queries, mask.keys)[0], rule_in_words(mask))
@@ -95,7 +104,8 @@ def test_the_mask_is_its_rule_in_words(kind):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    "kind, biased", [*((kind, False) for kind in KINDS), *((kind, True) for kind in KINDS if "cross" not in kind)]
+    "kind, biased",
+    [(kind, biased) for kind in KINDS + PARTS for biased in (False, True) if not (biased and "cross" in kind)],
 )
 @pytest.mark.parametrize("T", [96, 256])
 def test_each_path_is_a_softmax_over_what_is_seen(T, kind, biased, path, monkeypatch):
@@ -105,7 +115,11 @@ def test_each_path_is_a_softmax_over_what_is_seen(T, kind, biased, path, monkeyp
     table_HR = inputs[3] if biased else None
     blocked = take(path, monkeypatch, mask)
     found = attend(*inputs[:3], ready(mask, CPU, torch.float32, blocked=blocked, table_HR=table_HR))
-    bias_HTS = None if table_HR is None else relative_bias(table_HR, 0, T, mask.keys, ordered=mask.ordered)
+    bias_HTS = (
+        None
+        if table_HR is None
+        else relative_bias(table_HR, mask.first, mask.first + T, mask.keys, ordered=mask.ordered)
+    )
     expected = softmax_written_out(*inputs[:3], rule_in_words(mask), bias_HTS)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -117,7 +131,7 @@ def test_each_path_is_a_softmax_over_what_is_seen(T, kind, biased, path, monkeyp
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + PARTS)
 def test_flex_attention_has_the_same_rule(kind):
     mask = mask_of(kind, 24)
     found = create_mask(mask.rule(), 1, None, mask.queries, mask.keys, device="cpu")
@@ -126,7 +140,7 @@ def test_flex_attention_has_the_same_rule(kind):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("kind", ["packed", "prefix", "packed prefix", "packed encoder", "packed cross"])
+@pytest.mark.parametrize("kind", ["packed", "prefix", "packed prefix", "packed encoder", "packed cross", *PARTS])
 @torch.no_grad()
 def test_flex_attention_gives_the_same(kind, biased):
     """The forward alone: on CPUs it has no backward. What is plainly causal or open never takes it."""
