@@ -31,7 +31,7 @@ from calledshot.recipe import RunError, schema
 from calledshot.rundir import Keep, RunDirectory, atomic_write, held_out_by_step, uses
 from calledshot.rundir.files import write_failure
 from calledshot.training.pieces import Piece
-from calledshot.training.placement import PIECES, Held, Whole, assign, document, from_bytes, holding, to_bytes
+from calledshot.training.placement import PIECES, Holding, Whole, assign, document, from_bytes, holding, to_bytes
 from calledshot.training.remote import Uploads
 from calledshot.training.state import COUNTERS, MODEL, OPTIMIZER, Counters, file_name
 from calledshot.training.tensorfiles import CHUNK_BYTES, bytes_of, lay_out
@@ -42,8 +42,8 @@ DEADLINE_SECONDS = 600.0
 """How long no rank may write anything before a save is given up."""
 NICENESS = 10
 """Of the thread that writes: a step beside it keeps nine tenths of a core that both want."""
-COPIERS = 2
-"""Threads that copy to host memory; one core cannot use all the bandwidth of a memory controller."""
+COPIERS = 8
+"""Threads, at most, that copy to host memory; one core cannot use all the bandwidth that there is."""
 COPY_BYTES = 32 * 2**20
 SPARE_SHARE = 0.9
 """Of the memory that is available, at most so much is taken to copy a state into."""
@@ -73,8 +73,6 @@ class _Plan:
     wholes: dict[str, dict[str, Whole]]
     files: dict[str, _File]
     """By kind: model, optimizer."""
-    size: int
-    """Bytes of the tensors of all ranks."""
 
 
 @dataclass
@@ -117,6 +115,8 @@ class Saver:
         self._events = run.writer("events") if rank == 0 else None
         self._uploads = Uploads(run, settings) if rank == 0 and settings.remote else None
         self._incarnation, self._saves = run.incarnation, 0
+        self._own: Holding = {}
+        self._digest = b""
         self._known: list[bytes] = []
         self._plan: _Plan | None = None
         self._thread: threading.Thread | None = None
@@ -159,6 +159,11 @@ class Saver:
         if failure is not None:
             raise failure
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Returns when the save in flight is published, or on ranks other than 0 written. Raises as `poll` does."""
         if self._thread is not None:
@@ -178,14 +183,15 @@ class Saver:
     def _planned(self, model: Tensors, optimizer: Tensors) -> _Plan:
         """Who writes what; a new plan when any rank holds something else than at the last save."""
         own = holding({"model": model, "optimizer": optimizer})
-        content = to_bytes(own)
-        known = self._gather(hashlib.sha256(content).digest())
+        if own != self._own:
+            self._own, self._digest = own, hashlib.sha256(to_bytes(own)).digest()
+        known = self._gather(self._digest)
         if self._plan is None or known != self._known:
-            wholes = assign([own] if self.world == 1 else [from_bytes(one) for one in self._gather(content)])
+            holdings = [own] if self.world == 1 else [from_bytes(one) for one in self._gather(to_bytes(own))]
+            wholes = assign(holdings)
             kinds = (("model", MODEL), ("optimizer", OPTIMIZER))
             files = {kind: self._file(name, wholes[kind]) for kind, name in kinds}
-            size = sum(Held(one.dtype, Piece.whole(one.shape)).size for kind in wholes for one in wholes[kind].values())
-            self._known, self._plan = known, _Plan(wholes, files, size)
+            self._known, self._plan = known, _Plan(wholes, files)
         return self._plan
 
     def _file(self, name: str, wholes: Mapping[str, Whole]) -> _File:
@@ -330,7 +336,7 @@ def _stage(file: _File, tensors: Tensors) -> None:
             copies.append((into[start : start + COPY_BYTES], content[start : start + COPY_BYTES]))
     # Not Tensor.copy_, which writes through the caches and, where another process holds up one of its threads, waits
     # for it: memcpy took a half of its time on an idle machine and a ninth on a busy one.
-    with ThreadPoolExecutor(COPIERS) as pool:
+    with ThreadPoolExecutor(min(COPIERS, machine.usable_cores())) as pool:
         for done in [pool.submit(np.copyto, *copy) for copy in copies]:
             done.result()
     if torch.cuda.is_available():

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from calledshot import machine
 from calledshot.recipe import RunError, UsageError
 from calledshot.rundir import CheckpointFound, RunDirectory, atomic_write
 from calledshot.rundir.checkpoints import Agree
@@ -183,7 +183,7 @@ def read_pieces(
             targets[name] = tensor.to(device) if given is None else given
 
         largest_first = sorted(reading, key=lambda one: -wanted[one[0]].numel)
-        with ThreadPoolExecutor(min(_READERS, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(min(_READERS, machine.usable_cores())) as pool:
             for done in [pool.submit(read, one) for one in largest_first]:
                 done.result()
     return {name: targets[name] for name in wanted}
