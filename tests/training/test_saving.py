@@ -452,6 +452,8 @@ def _refused(folder: Path, kind: str = state.MODEL) -> str:
         state.read_pieces(folder, kind, {"w": Piece.whole((4, 4))})
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith(str(folder))
+    with pytest.raises(RunError):
+        state.read_tensors(folder / kind)
     return str(refusal.value)
 
 

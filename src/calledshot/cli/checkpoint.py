@@ -86,7 +86,7 @@ def prune(
         if not any(row["kept"] for row in rows.values()):  # not one is whole
             doomed = []
         if not dry_run:
-            held_out = held_out_by_step(directory.standing_rows("validation"))
+            held_out = held_out_by_step(directory.rows("validation"))
             doomed = directory.prune(by, held_out, uses(directory.path))
     size = sum(rows[step]["bytes"] for step in doomed)
     if json:

@@ -68,7 +68,8 @@ def _last(turns: Sequence[int], step: int) -> int:
 def held_out_by_step(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """Bits per byte of all sources together, weighted by their bytes, by step; `rows` are of validation.jsonl.
 
-    A step at which a source has no figure has none.
+    A step at which a source has no figure has none. What was measured last at a step counts: what a rollback left
+    behind has no checkpoint to go on from, and the standing rows would cost a pass over the metrics.
     """
     by_step: dict[int, dict[str, tuple[float, float]]] = {}
     for row in rows:

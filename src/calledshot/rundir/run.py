@@ -255,7 +255,7 @@ class RunDirectory(Checkpoints):
         (whether it is to be continued from), bits_per_byte on held-out text, when it was verified, what is wrong with
         it by size, and why the rule keeps it. None where something is not known, or nothing is wrong or kept.
         """
-        held_out, latest = held_out_by_step(self.standing_rows("validation")), self.latest()
+        held_out, latest = held_out_by_step(self.rows("validation")), self.latest()
         kept = self.kept(rule, held_out, uses(self.path))
         found = []
         for step in self.checkpoint_steps():

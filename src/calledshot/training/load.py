@@ -64,9 +64,8 @@ def load_model(
     with torch.device("meta"):
         model = Decoder(recipe.model)
     model.to_empty(device=device)
-    tensors = state.read_tensors(found.path / state.MODEL, device)
     targets = {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    state.copy_into(targets, tensors, found.path)
+    state.load_into(targets, found.path)
     model.requires_grad_(False).eval().to(dtype or torch.float32)
     model.blocked_attention, model.reading = False, continuing(recipe, tokenizer)
     return Loaded(model, tokenizer, recipe, found.step, directory)

@@ -229,7 +229,7 @@ class Uploads:
         size = self.run.checkpoint_bytes(step) if names else 0
         seconds = time.perf_counter() - started
         event: dict[str, Any] = {"bytes": size, "seconds": seconds, "failed_attempts": len(failures)}
-        held_out = held_out_by_step(self.run.standing_rows("validation")) if self.settings.keep_best else {}
+        held_out = held_out_by_step(self.run.rows("validation")) if self.settings.keep_best else {}
         try:
             again(lambda: remote.prune(Keep.of(self.settings), held_out, uses(self.run.path)))
         except Exception as error:  # the next upload tries again

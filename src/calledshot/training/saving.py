@@ -259,7 +259,10 @@ class Saver:
             if failure is error:
                 raise
             raise failure from error
-        self._published(save)
+        try:
+            self._published(save)
+        except OSError as error:
+            raise write_failure(run.folder, error) from error
 
     def _write(self, save: _Save) -> None:
         with ThreadPoolExecutor(len(save.plan.files)) as pool:
@@ -300,7 +303,7 @@ class Saver:
         if self._uploads is not None:
             self._uploads.submit(save.step)
             needed |= self._uploads.needed()
-        held_out = held_out_by_step(self.run.standing_rows("validation")) if self.settings.keep_best else {}
+        held_out = held_out_by_step(self.run.rows("validation")) if self.settings.keep_best else {}
         self.run.prune(Keep.of(self.settings), held_out, needed)
 
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from calledshot import machine
@@ -190,15 +188,10 @@ def read_pieces(
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a checkpoint's MODEL or OPTIMIZER, `path` being its folder with that name, whoever wrote it. Any
-    other safetensors file too. RunError when it is damaged."""
-    if (path.parent / PIECES).exists():
-        wanted = {name: Piece.whole(shape) for name, shape in stored(path.parent, path.name).items()}
-        return read_pieces(path.parent, path.name, wanted, device)
-    try:
-        return load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path}: cannot be read as safetensors ({error}); take another checkpoint") from error
+    """All tensors of a checkpoint, `path` being its folder with MODEL or OPTIMIZER, whoever wrote it. RunError when it
+    is damaged."""
+    wanted = {name: Piece.whole(shape) for name, shape in stored(path.parent, path.name).items()}
+    return read_pieces(path.parent, path.name, wanted, device)
 
 
 def read_counters(folder: Path) -> Counters:
@@ -225,16 +218,12 @@ def another_model(path: Path, name: str, found: tuple[int, ...] | None, wanted: 
     )
 
 
-def copy_into(masters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fill the masters in place. UsageError when names or shapes are another model's."""
-    for name, master in masters.items():
-        if name not in tensors or tensors[name].shape != master.shape:
-            found = tuple(tensors[name].shape) if name in tensors else None
-            raise another_model(path, name, found, tuple(master.shape))
-    if unknown := sorted(set(tensors) - set(masters)):
+def load_into(masters: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill whole masters in place with a checkpoint's MODEL. UsageError when names or shapes are another model's."""
+    wanted = {name: Piece.whole(tuple(master.shape)) for name, master in masters.items()}
+    if set(wanted) <= set(known := stored(folder, MODEL)) and (unknown := sorted(set(known) - set(wanted))):
         raise UsageError(
-            f"{path}: holds {unknown[0]} and {len(unknown) - 1} more that the recipe's model has no place for; "
+            f"{folder}: holds {unknown[0]} and {len(unknown) - 1} more that the recipe's model has no place for; "
             "fork with the model section of the run it comes from"
         )
-    for name, master in masters.items():
-        master.copy_(tensors[name])
+    read_pieces(folder, MODEL, wanted, into=masters)
