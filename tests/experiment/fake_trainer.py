@@ -47,6 +47,7 @@ def train(file: str, name: str) -> int:
     rate = 1e4 / recipe["model"]["layers"]
     summary = {"final": {"text": row}, "tokens_per_second": rate, "peak_memory_bytes": 1e8}
     (path / "summary.json").write_text(json.dumps(summary))
+    (path / "checkpoints" / f"step-{STEPS:07d}").mkdir(parents=True)
     run.end()
     with open("ended", "a") as log:
         log.write(f"{name} {time.time()} {recipe['parallel']['threads']}\n")

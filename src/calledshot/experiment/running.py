@@ -116,16 +116,10 @@ class Bench:
         self._train([run for run in later if is_run(self.lab / "runs" / run.start)], len(later))
 
     def train_alone(self, runs: Sequence[Run]) -> None:
-        """Trains short runs one at a time, those that failed before too. Once done they are put away, without their
-        checkpoints, which nobody goes on from."""
+        """Trains short runs one at a time, those that failed before too."""
         slots, self.pool.slots = self.pool.slots, 1
         self.train(runs, retry=True)
         self.pool.slots = slots
-        for run in runs:
-            if self._done(run.name):
-                directory = RunDirectory(self.lab / "runs" / run.name)
-                directory.archive()
-                rmtree(directory.folder, ignore_errors=True)
 
     def measure_speed(self, plan: Plan, finished: Sequence[Run]) -> None:
         """Trains the short runs of every cell that has a finished run, computing as that one did but with all cores;
@@ -149,6 +143,7 @@ class Bench:
 
     def _train(self, todo: Sequence[Run], total: int) -> None:
         threads = max(1, machine.usable_cores() // self.pool.slots)
+        short = {run.name for run in todo if run.steps}
         ended = [0]
 
         def job(run: Run) -> Job:
@@ -169,6 +164,9 @@ class Bench:
             said = "" if now == "done" else last_words(job.log)
             with JsonLines(self.folder / "attempts.jsonl") as attempts:
                 attempts.append({"run": job.name, "code": code, "seconds": seconds, "state": now, "message": said})
+            if job.name in short and now == "done":  # put away, without checkpoints that nobody goes on from
+                RunDirectory(path).archive()
+                rmtree(RunDirectory(path).folder, ignore_errors=True)
             if now == "not started" and self.pool.signal is None:
                 now = "failed"
             more = f": {said}" if now == "failed" else ""
