@@ -208,7 +208,8 @@ class Block(nn.Module):
         """Gains of queries and keys, on their way to the heads of this rank."""
         if self.tensor is None or query_norm_C is None or key_norm_C is None:
             return query_norm_C, key_norm_C
-        return copy_to(torch.stack((query_norm_C, key_norm_C)), self.tensor).unbind()
+        query_norm_C, key_norm_C = copy_to(torch.stack((query_norm_C, key_norm_C)), self.tensor).unbind()
+        return query_norm_C, key_norm_C
 
     def _cross_attention(self, h_BTD: Tensor, crossing: Crossing) -> Tensor:
         B, T, _ = h_BTD.shape

@@ -4,7 +4,7 @@ Shapes, as suffixes: B batch, T target length, S source length, D width, H query
 C head width, F hidden, V vocabulary.
 
 Parameters are stored so that the last two axes are always one matrix and the axes before it a batch of independent ones
-(heads, the two halves of the gate, experts): Muon orthogonalises the last two, tensor parallelism shards the first.
+(heads, the two halves of the gate, experts): Muon orthogonalises the last two. Ranks may have parts (parallel.py).
 
 | parameter | shape | initialised |
 |---|---|---|
