@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -28,8 +29,10 @@ from calledshot.rundir.files import (
 from calledshot.rundir.retention import Keep
 
 _NAME = re.compile(r"step-(\d+)")
+_NAMED = re.compile(r"step-(\d{7,})")  # what is cut off in `latest` is shorter
 _PARTIAL, _TRASH, _OLD = ".partial-", ".trash-", ".old-"
 _BEGUN, _SEAL = ".begun.json", ".seal-{}.json"
+_FOLLOWS = ".follows.json"  # what `latest` named before; in a checkpoint that it does not name yet
 _THREADS = 8  # hashlib and fsync both leave Python's lock
 _NOT_COMPLETE = "is missing or damaged, so the checkpoint is not complete"
 _WATCH_SECONDS = 0.02
@@ -178,13 +181,15 @@ class Checkpoints:
                 "files": dict(zip(names, entries, strict=True)),
             }
             write_json(partial / VERIFIED, {"time": manifest["time"]})
+            if latest:
+                (partial / _FOLLOWS).write_text(json.dumps(self.latest_pointer()))
             write_json(partial / MANIFEST, manifest)
             if final.exists():
                 final.rename(old)
             partial.rename(final)
             sync_folder(self.folder)
             if latest:
-                atomic_write(self.folder / LATEST, f"{final.name}\n")
+                self._move_latest(final)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise write_failure(partial, error) from error
@@ -215,6 +220,15 @@ class Checkpoints:
                     continue
             if entry.name.startswith((_PARTIAL, _TRASH, _OLD)):
                 shutil.rmtree(entry, ignore_errors=True)
+            elif (entry / _FOLLOWS).exists():  # killed before `latest` moved
+                self._move_latest(entry)
+
+    def _move_latest(self, final: Path) -> None:
+        """Makes `latest` name a checkpoint just published, unless somebody has moved it since."""
+        follows = final / _FOLLOWS
+        if _read_or_none(follows) == self.latest_pointer():
+            atomic_write(self.folder / LATEST, latest_text(final.name))
+        follows.unlink()
 
     def checkpoint_steps(self) -> list[int]:
         """Steps, ascending, that there is a checkpoint of, whole or damaged."""
@@ -321,11 +335,10 @@ class Checkpoints:
         return sorted((step for step in steps if pointer is None or step <= pointer), reverse=True)
 
     def latest_pointer(self) -> int | None:
-        """The step that `latest` names, whether or not that checkpoint is there."""
-        pointer = None
-        with suppress(OSError, UnicodeDecodeError):
-            pointer = _NAME.fullmatch((self.folder / LATEST).read_text().strip())
-        return int(pointer[1]) if pointer else None
+        """The step that `latest` names, whether or not that checkpoint is there; None where it is damaged."""
+        with suppress(OSError):
+            return latest_step((self.folder / LATEST).read_bytes())
+        return None
 
     def verified(self, step: int) -> str | None:
         """When the hashes of a checkpoint were last right, since it was last found damaged; None for never."""
@@ -380,6 +393,25 @@ def _size(folder: Path) -> int:
         with suppress(FileNotFoundError):  # renamed meanwhile
             size += entry.stat().st_size
     return size
+
+
+def latest_text(name: str) -> str:
+    """The content of `latest` for the checkpoint with the folder `name`."""
+    return f"{name}\nsha256 {_sum(name)} of the line above: delete this one if you change it\n"
+
+
+def latest_step(content: bytes) -> int | None:
+    """The step that the content of `latest` names; None where it is damaged. A single line, as people write who roll a
+    run back, has no checksum and is believed."""
+    name, _, check = content.decode("utf-8", "replace").partition("\n")
+    match = _NAMED.fullmatch(name)
+    if match is None or (check and not check.startswith(f"sha256 {_sum(name)} ")):
+        return None
+    return int(match[1])
+
+
+def _sum(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _read_or_none(path: Path) -> Any:

@@ -21,7 +21,7 @@ import fsspec
 
 from calledshot.recipe import RunError, UsageError, schema
 from calledshot.rundir import Keep, RunDirectory, held_out_by_step, uses
-from calledshot.rundir.checkpoints import LATEST, MANIFEST, checked_manifest
+from calledshot.rundir.checkpoints import LATEST, MANIFEST, checked_manifest, latest_step, latest_text
 from calledshot.rundir.files import to_json
 from calledshot.training.tensorfiles import CHUNK_BYTES
 
@@ -60,9 +60,9 @@ class Remote:
             names = [str(path).rstrip("/").rpartition("/")[2] for path in self.files.ls(self.root, detail=False)]
         except FileNotFoundError:
             return []
-        latest = _NAME.fullmatch((self._read(LATEST) or b"").decode("utf-8", "replace").strip())
+        latest = latest_step(self._read(LATEST) or b"")
         steps = {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
-        current = [step for step in steps if latest is None or step <= int(latest[1])]
+        current = [step for step in steps if latest is None or step <= latest]
         return sorted((step for step in current if self.files.exists(self._path(step, MANIFEST))), reverse=True)
 
     def manifest(self, step: int) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ class Remote:
 
     def finish(self, step: int) -> None:
         """Makes an uploaded checkpoint the latest."""
-        self._write(LATEST, f"{self._folder(step)}\n".encode())
+        self._write(LATEST, latest_text(self._folder(step)).encode())
 
     def prune(self, rule: Keep, held_out: dict[int, float], needed: dict[int, str]) -> list[int]:
         """Deletes what need not stay, but never the newest; the steps deleted."""
