@@ -404,7 +404,7 @@ def latest_step(content: bytes) -> int | None:
     """The step that the content of `latest` names; None where it is damaged. A single line, as people write who roll a
     run back, has no checksum and is believed."""
     name, _, check = content.decode("utf-8", "replace").partition("\n")
-    match = _NAMED.fullmatch(name)
+    match = _NAMED.fullmatch(name := name.strip())
     if match is None or (check and not check.startswith(f"sha256 {_sum(name)} ")):
         return None
     return int(match[1])
