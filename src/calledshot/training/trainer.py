@@ -172,6 +172,8 @@ class Trainer:
             row, save = self._step(number, batch, steps)
             self._record(row, steps)
             self.saver.poll()
+            if self.world.size == 1:
+                self.stopping = self.stopping or self.stop.requested
             done, now = self.counters.step, time.monotonic()
             if now - beat > HEARTBEAT_SECONDS:
                 self._status("running", steps)
