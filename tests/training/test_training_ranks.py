@@ -38,6 +38,7 @@ SPARSE = {
     "two replicas": (2, ()),
     "two shards": (2, ("parallel.shard=2",)),
     "experts": (2, ("parallel.expert=2",)),
+    "context": (2, ("parallel.context=2",)),
     "experts and shards": (4, ("parallel.expert=2", "parallel.shard=4")),
 }
 QUICK = {("three shards", "adamw"), ("two replicas", "muon"), ("tensor", "muon"), ("context", "muon")}
@@ -268,3 +269,17 @@ def test_an_optimizer_of_ones_own_goes_on_from_its_state(lab: Path) -> None:
     assert ranks.state() == "interrupted"
     train(lab, "sign-ranks", 3, *own)
     assert losses(ranks) == pytest.approx(losses(alone), rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["two shards", pytest.param("tensor", marks=pytest.mark.slow)])
+def test_samples_and_norms_are_those_of_one_rank(lab: Path, layout: str) -> None:
+    more = ("evals.prompts=['ba']", "evals.sample_tokens=8", "evals.norms_every_steps=20")
+    ranks, overrides = DENSE[layout]
+    runs = [train(lab, f"said-{layout}-{n}".replace(" ", "-"), n, *more, *o) for n, o in ((1, ()), (ranks, overrides))]
+    said = [[row["text"] for row in run.rows("samples")] for run in runs]
+    assert said[0] == said[1] and said[0]
+    norms = [[row["norms"] for row in run.metrics() if "norms" in row] for run in runs]
+    assert len(norms[0]) == 2
+    for one, other in zip(*norms, strict=True):
+        for kind in ("gradient", "update"):
+            assert other[kind] == pytest.approx(one[kind], rel=1e-3, abs=1e-6)

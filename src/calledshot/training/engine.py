@@ -130,8 +130,9 @@ class Engine:
         world, device, optimizer = self.world, self.world.device, self.optimizer
         tensors = BatchTensors.of(batch, device)
         total = tensors.weights.sum()
+        rows_weights = tensors.weights  # of the whole rows, where this rank has some of their positions
         if world.size > 1:
-            tensors = self._share(tensors)
+            tensors, rows_weights = self._share(tensors)
             total = tensors.weights.sum()
             if world.dense is not None:
                 dist.all_reduce(total, group=world.dense)
@@ -146,7 +147,7 @@ class Engine:
             )
             whole = micro_loss + micro_z
             if self.model.records:
-                share = part.weights.sum() * scale
+                share = rows_weights[start : start + self.micro_rows].sum() * scale
                 whole = whole + self.model.auxiliary_loss() * share
                 loads.append(torch.stack([record.load_E for record in self.model.records]) * share)
             whole.backward()
@@ -217,15 +218,17 @@ class Engine:
         }
         return {name: math.sqrt(square) for name, square in self.summed(squares).items()}
 
-    def _share(self, tensors: BatchTensors) -> BatchTensors:
+    def _share(self, tensors: BatchTensors) -> tuple[BatchTensors, Tensor]:
         """This rank's rows, filled up with rows that count for nothing to as many as every rank has, and of them the
-        positions that are this rank's.
+        positions that are this rank's; and the weights of all positions.
         """
         missing = self.micro_rows * self.micro_batches - len(tensors.inputs)
         if missing:
             tensors = _padded(tensors, missing)
-        layout = self.world.layout
-        return tensors.columns(self.world.context_rank, layout.context) if layout.context > 1 else tensors
+        layout, weights = self.world.layout, tensors.weights
+        if layout.context > 1:
+            tensors = tensors.columns(self.world.context_rank, layout.context)
+        return tensors, weights
 
 
 def _padded(tensors: BatchTensors, missing: int) -> BatchTensors:

@@ -12,7 +12,7 @@ from calledshot.model import Decoder
 from calledshot.training.pieces import Piece
 from calledshot.training.world import World
 
-ENTRANCES = ("loss", "token_losses")
+ENTRANCES = ("loss", "token_losses", "activation_scales")
 """Methods of the trunk that a pass begins with, and FSDP has to know of."""
 
 
