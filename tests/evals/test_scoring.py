@@ -117,10 +117,16 @@ def test_rows_no_longer_than_their_documents_change_no_number(loaded, prepared, 
 
 def test_scores_are_those_of_the_training_loop(loaded, prepared):
     """`training.evaluation` measures the same documents inside the loop."""
+    from calledshot.training.engine import Engine
     from calledshot.training.evaluation import evaluate as in_loop
+    from calledshot.training.probe import Machine
     from calledshot.training.stop import Stop
+    from calledshot.training.world import World
 
-    rows = in_loop(loaded.model, HeldOut(prepared, loaded.recipe), 0, Stop(), 3)
+    machine = Machine("cpu", "float32", compile=False, threads=1, micro_tokens=48)
+    engine = Engine(loaded.recipe, machine, World.join(), prepared.tokenizer, loaded.run.path)
+    engine.model.load_state_dict(loaded.model.state_dict())
+    rows = in_loop(engine, HeldOut(prepared, loaded.recipe), 0, Stop())
     scored = score_prepared(loaded, prepared)
     for row in rows:
         measure = scored[row["source"]].measure()
