@@ -95,7 +95,7 @@ def write_run(
                 samples.append(row | {"prompt": "def read(", "text": sample})
                 samples.append(row | {"prompt": "import ", "text": "os\n" * (1 + step * 4 // steps)})
                 events.append(row | {"kind": "evaluation", "seconds": 3.0})
-                events.append(row | {"kind": "checkpoint", "seconds": 0.8, "bytes": 60_000_000})
+                events.append(row | {"kind": "checkpoint", "seconds": 8, "blocked_seconds": 0.2, "bytes": 60_000_000})
                 clock += 4
         if incarnation == 1 and restart:
             events.append({"time": stamp(clock), "step": 100, "incarnation": 1, "kind": "skipped_step", "loss": None})

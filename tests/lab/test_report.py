@@ -35,6 +35,13 @@ def test_the_same_directories_give_the_same_bytes_anywhere(tmp_path):
     assert page([run], tmp_path) == page([other], tmp_path)
 
 
+def test_saves_in_the_background_are_told_from_what_was_waited_for(tmp_path):
+    html = page([write_run(tmp_path / "demo", restart=None)], tmp_path)
+    assert "10 checkpoints, 1 min 20 s in all (2.0 s of it waited for), " in html
+    write_lines(tmp_path / "demo" / "events.jsonl", [{"time": "2026-01-01T00:00:00Z", "kind": "upload", "seconds": 5}])
+    assert "1 upload, 5" in page([tmp_path / "demo"], tmp_path)
+
+
 def test_nothing_in_the_page_can_be_fetched(tmp_path):
     html = page([write_run(tmp_path / "demo")], tmp_path)
     without_namespace = html.replace("http://www.w3.org/2000/svg", "")

@@ -150,6 +150,9 @@ def _routine(kind: str, rows: list[Mapping[str, Any]]) -> str:
     seconds = [value for row in rows if (value := number(row, "seconds")) is not None]
     if seconds:
         text += f", {figures.duration(sum(seconds))} in all"
+    blocked = [value for row in rows if (value := number(row, "blocked_seconds")) is not None]
+    if blocked:
+        text += f" ({figures.duration(sum(blocked))} of it waited for)"
     sizes = [value for row in rows if (value := number(row, "bytes")) is not None]
     if sizes:
         text += f", {figures.size(sizes[-1])} each"

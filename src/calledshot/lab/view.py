@@ -17,7 +17,7 @@ from .curves import Curves
 from .figures import finite
 from .history import History, number
 
-ROUTINE = ("checkpoint", "evaluation", "probe")
+ROUTINE = ("checkpoint", "evaluation", "probe", "upload")
 """Kinds of events that happen in every healthy run."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import shutil
@@ -102,14 +101,15 @@ class Saver:
         world: int,
         settings: schema.Checkpoint,
         *,
+        local: int = 1,
         gather: Gather | None = None,
         deadline_seconds: float = DEADLINE_SECONDS,
     ) -> None:
-        """`gather` gives every rank the bytes of all of them, in order; a collective, called by `save` and `prepare`
-        alone, and needed where there are several ranks. Rank 0 holds the run's lock. UsageError when the remote tier
-        cannot be used.
+        """`local` ranks share this machine's memory. `gather` gives every rank the bytes of all of them, in order; a
+        collective, called by `save` and `prepare` alone, and needed where there are several ranks. Rank 0 holds the
+        run's lock. UsageError when the remote tier cannot be used.
         """
-        self.run, self.rank, self.world, self.settings = run, rank, world, settings
+        self.run, self.rank, self.world, self.settings, self.local = run, rank, world, settings, local
         self.deadline_seconds = deadline_seconds
         self._gather = gather or (lambda content: [content])
         self._events = run.writer("events") if rank == 0 else None
@@ -209,7 +209,7 @@ class Saver:
         """Makes the host memory that the state is copied to, once; False when there is too little of it."""
         files = [file for file in plan.files.values() if file.buffer is None]
         needed = sum(file.size for file in files)
-        if needed > SPARE_SHARE * (machine.describe()["memory"]["available_bytes"] or math.inf):
+        if needed and needed * self.local > SPARE_SHARE * machine.describe()["memory"]["available_bytes"]:
             return False
         cuda = any(tensor.is_cuda for tensor, _ in model.values())
         for file in files:
