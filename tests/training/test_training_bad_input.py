@@ -198,7 +198,7 @@ def test_a_disk_that_fills_up_between_steps_stops_a_run_without_harm(small_disk:
     arguments = ("train", "tiny.toml", "--name", "filled", "duration.tokens=7680", "checkpoint.every_steps=10")
     run = RunDirectory(small_disk / "runs" / "filled")
     process = Shot(small_disk, *arguments, before=functools.partial(pause_at, 12))
-    assert process.wait_for(lambda: (small_disk / "paused").exists())
+    assert process.wait_for(lambda: (small_disk / "paused").exists() and run.latest() == 10)
     fill_the_disk(small_disk / "runs")
     (small_disk / "paused").unlink()
     ended = process.end()

@@ -88,7 +88,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(lab: Path, train: T
     options = ("optimizer.name=breaks.py:Breaks", "checkpoint.every_steps=1", "checkpoint.keep=1")
     run, ended = train("broken-weights", *options)
     assert ended.code == 1
-    assert "the weights are not finite at step 5, so they were not saved" in ended.complaint
+    assert "so they were not saved" in ended.complaint
     assert run.state() == "failed"
     assert run.latest_checkpoint().step == 4
     ended = shot(lab, "resume", "broken-weights")  # where it does so again, five updates on

@@ -77,33 +77,33 @@ def short_measurement() -> None:
 
 
 def interrupted_measurement() -> None:
-    from calledshot.training.trainer import Trainer
+    from calledshot.training.engine import Engine
 
-    update, calls = Trainer._update, []
+    update, calls = Engine.update, []
 
-    def counted(self: Trainer, *arguments: object) -> object:
+    def counted(self: Engine, *arguments: object) -> object:
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(self, *arguments)
 
-    Trainer._update = counted
+    Engine.update = counted
 
 
 def slow_and_stopped_at_five() -> None:
     """As on a machine that has become a hundred times slower."""
     import time
 
-    from calledshot.training.trainer import Trainer
+    from calledshot.training.engine import Engine
 
     short_measurement()
-    update = Trainer._update
+    update = Engine.update
 
-    def slow(self: Trainer, *arguments: object) -> object:
+    def slow(self: Engine, *arguments: object) -> object:
         time.sleep(0.2)
         return update(self, *arguments)
 
-    Trainer._update = slow
+    Engine.update = slow
     stop_at(5)
 
 

@@ -276,7 +276,7 @@ def _incarnate(
                 "the sources have changed, so fork the run instead (`shot train ... --from`)"
             )
         asked, recipe = recipe, sized(recipe, prepared.tokenizer)
-        shared = layout(recipe, world.size, _memory(world))
+        shared = layout(recipe, world.size, memory_of_rank(world))
         set_threads(recipe, world.place.local_size)  # so that the environment written down is the one computed in
         dashboards = [Sink(kind, recipe, run.name, run.path) for kind in sinks]
         ranks = {"world_size": world.size, "layout": asdict(shared)}
@@ -333,7 +333,12 @@ def _work(
         trainer.restore(*parent, with_optimizer=not fresh_optimizer)
         trainer.save(wait=True)  # from here on, the fork does not need its parent
     console.say(trainer.banner())
-    return trainer.train(), trainer.counters.step
+    try:
+        return trainer.train(), trainer.counters.step
+    except ShotError:
+        with suppress(ShotError):  # what is being saved is whole all the same
+            trainer.saver.wait()
+        raise
 
 
 def _exit_code(stop: Stop, outcome: str) -> int:
@@ -341,7 +346,7 @@ def _exit_code(stop: Stop, outcome: str) -> int:
     return (stop.exit_code or 128 + signal.SIGTERM) if outcome == "interrupted" else 0
 
 
-def _memory(world: World) -> int:
+def memory_of_rank(world: World) -> int:
     """Bytes that one rank has."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory

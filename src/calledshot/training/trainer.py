@@ -220,7 +220,8 @@ class Trainer:
             row = shape(self.recipe.model).row_positions
             # Held-out loss is a forward pass, a third of the work, but not compiled: measured, about training's speed.
             curve, final = (
-                sum(self.held_out.select(source, tokens).rows for source in self.held_out.sources) * row / tokens_per_second
+                sum(self.held_out.select(source, tokens).rows for source in self.held_out.sources)
+                * (row / tokens_per_second)
                 for tokens in (settings.tokens, settings.final_tokens)
             )
             evaluations = min(9, int(EVALUATION_SHARE * budget / curve)) if curve else 9
