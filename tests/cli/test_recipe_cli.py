@@ -85,14 +85,38 @@ def test_check_lists_every_problem_and_exits_2(capsys):
 
 
 def test_memory_says_what_to_type_next(capsys):
-    out = printed(capsys, "memory", "1B", "--ranks", "8")
-    assert "Fits: parallel.micro_tokens=" in out
-    micro = out.rsplit("=", 1)[1].strip()
-    assert "nothing wrong" in printed(capsys, "check", "1B", f"parallel.micro_tokens={micro}")
-    assert "Does not fit" in printed(capsys, "memory", "7B", "--ranks", "64")
+    out = printed(capsys, "memory", "7B", "seed=3", "--ranks", "8")
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit()][1:]
+    assert [row[:2] for row in rows] == [
+        ["1", "none"],
+        ["2", "none"],
+        ["4", "none"],
+        ["8", "none"],
+        ["2", "selective"],
+        ["2", "full"],
+    ]
+    assert [row for row in rows if row[-2:] == ["take", "this"]] == [rows[1]] and rows[0][-2:] == ["too", "much"]
+    command = out.splitlines()[-1].removeprefix("Fits: ").split()
+    assert command[:4] == ["shot", "train", "7B", "seed=3"] and command[-2:] == ["--ranks", "8"]
+    assert "parallel.shard=2" in command
+    assert "nothing wrong" in printed(capsys, "check", *command[2:-2])
+
+
+def test_memory_says_what_lacks_where_nothing_fits(capsys):
+    out = printed(capsys, "memory", "20B", "--ranks", "4")
+    assert "Does not fit: " in out and "too much with 4,096 tokens at a time. Take 8 ranks" in out
+    assert "host memory" not in printed(capsys, "memory", "demo", "checkpoint.asynchronous=false", "--device", "cpu")
+    assert "GiB" in refused(capsys, "memory", "7B", "--memory", "80")
+    assert "too few for 4096 ranks" in refused(capsys, "memory", "demo", "--ranks", "4096")
+
+
+def test_memory_as_json(capsys):
     data = json.loads(printed(capsys, "memory", "7B", "--memory", "192GB", "--json"))
     assert data["fits"] and data["needed"] <= data["usable"] < data["memory"] == 192 * 10**9
-    assert "GiB" in refused(capsys, "memory", "7B", "--memory", "80")
+    assert data["chosen"] in data["options"] and data["chosen"]["footprint"]["moment"] == "pass"
+    assert data["command"].startswith("shot train 7B parallel.micro_tokens=") and data["ranks_that_fit"] is None
+    less = json.loads(printed(capsys, "memory", "20B", "--ranks", "4", "--json"))
+    assert not less["fits"] and less["ranks_that_fit"] == 8
 
 
 def test_diff_shows_keys_and_costs_side_by_side(capsys):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from calledshot.recipe import UsageError, cost, load_recipe, memory, presets, shape
+from calledshot.recipe import UsageError, cost, load_recipe, presets, shape
 from calledshot.recipe.load import size_in_name
 from calledshot.recipe.schema import Duration, Model, Optimizer, Parallel, Recipe
 
@@ -138,18 +138,6 @@ def test_hours_and_money():
 def test_an_open_vocabulary_has_no_cost_yet():
     with pytest.raises(UsageError, match=r"model\.vocabulary=SIZE"):
         cost(recipe(replace(TINY, vocabulary=0)))
-
-
-def test_memory_takes_the_largest_micro_batch_that_fits_and_divides():
-    base = load_recipe("demo", ["batch.tokens=12_288"])  # 48 rows of 256
-    wide = memory(base, memory=80 * 2**30)
-    assert wide.fits and wide.micro_tokens == 12_288
-    assert memory(base, ranks=4).micro_tokens == 3072
-    assert memory(base, ranks=5).micro_tokens == 2048  # shares of at most 10 rows; 8 divides 48
-    fixed, one_row = wide.fixed, cost(base).bytes.activations
-    tight = memory(base, memory=int((fixed + one_row) / 0.9) + 2)
-    assert tight.micro_tokens == 256 and tight.needed <= tight.usable
-    assert not memory(base, memory=int((fixed + one_row) / 0.9) - 2).fits
 
 
 def test_an_encoder_decoder_costs_what_a_decoder_of_half_its_parameters_costs():

@@ -52,7 +52,8 @@ def test_every_layout_uses_every_rank_once(ranks, replicate, shard, tensor, cont
     try:
         one = found(ranks, "model.context=768", "batch.tokens=7_680_000", *SPARSE[:2], *keys)
     except UsageError:
-        assert not possible or possible[0][0] * possible[0][1] * context % expert
+        both = tensor > 1 and expert > 1
+        assert not possible or possible[0][0] * possible[0][1] * context % expert or both
     else:
         assert (one.replicate, one.shard) in possible and one.world == ranks
         assert (one.context, one.tensor, one.expert) == (context, tensor, expert)
@@ -103,6 +104,7 @@ def test_ranks_that_do_not_come_out_even(ranks, overrides, said):
         (["parallel.tensor=2", "model.experts=8", "model.shared_expert_hidden=33"], "shared_expert_hidden = 33"),
         (["parallel.tensor=2", "model.topology=encoder-decoder", "objective.kind=span", "model.encoder_hidden=65"],
          "encoder's hidden = 65"),
+        (["parallel.tensor=2", "parallel.expert=2", "model.experts=8"], "would both cut the experts"),
         (["parallel.expert=2"], "shares experts, and there are none"),
         (["parallel.expert=3", "model.experts=8"], "does not divide model.experts = 8: take 1, 2, 4 or 8"),
         (["parallel.context=3"], "does not divide model.context = 256: take 2"),

@@ -1,25 +1,27 @@
 """`shot recipe`: what there is, what it says, what it costs, whether it fits."""
 
+import shlex
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from calledshot.recipe import (
     Cost,
+    Memory,
     Recipe,
     Shape,
     UsageError,
     cost,
     difference,
     documented,
+    enough_ranks,
     identity,
     load_recipe,
     memory,
     optimizer_groups,
     presets,
     problems,
-    shape,
     to_dict,
     to_toml,
     units,
@@ -193,36 +195,60 @@ def memory_(
     *overrides: Override,
     ranks: int = 1,
     memory_per_rank: Annotated[Size, Parameter(name="--memory")] = 80 * 2**30,
+    device: Literal["cuda", "cpu"] = "cuda",
     json: Json = False,
 ) -> None:
-    """Whether training fits into a device's memory, and with which micro-batch. An estimate.
+    """What training holds on each rank at the fullest moment of a step, by arithmetic, and what to set so that it fits.
 
     Parameters
     ----------
     ranks
-        Devices, each with the whole model and its share of the batch.
+        Ranks that share the work, each with a device of its own.
     memory_per_rank
         Memory of one device (`80GiB`, `16GB`).
+    device
+        What the ranks compute on.
     """
     positive(ranks=ranks, memory=memory_per_rank)
     found = load_recipe(recipe, overrides)
-    result = memory(found, ranks, memory_per_rank)
+    result = memory(found, ranks, memory_per_rank, device)
+    more = None if result.fits else enough_ranks(found, ranks, memory_per_rank, device)
+    command = shlex.join(["shot", "train", recipe, *overrides, *result.settings])
+    command += f" --ranks {ranks}" if ranks > 1 else ""
     if json:
-        print_json(asdict(result) | {"fits": result.fits, "needed": result.needed})
+        print_json(
+            asdict(result) | {"fits": result.fits, "needed": result.needed, "command": command, "ranks_that_fit": more}
+        )
         return
-    size = units.show_bytes
-    micro = result.micro_tokens
-    rows = [
-        ("device", size(result.memory), f"{size(result.usable)} of it taken as usable"),
-        ("weights, gradients, optimizer", size(result.fixed), "whatever the micro-batch"),
-        ("activations", size(result.activations), f"of {micro or shape(found.model).row_positions:,} tokens, estimate"),
-        ("needed", size(result.needed), ""),
+    print(f"{units.show_bytes(result.usable)} of {units.show_bytes(result.memory)} are taken as usable.\n")
+    print(table(memory_rows(result), right=(2, 3, 4, 5)))
+    if result.staged:
+        staged = units.show_bytes(result.staged)
+        print(
+            f"\nCheckpoints in the background take {staged} of host memory a rank; checkpoint.asynchronous=false, none."
+        )
+    if result.fits:
+        print(f"\nFits: {command}")
+        return
+    lacking = units.show_bytes(result.needed - result.usable)
+    print(f"\nDoes not fit: {lacking} too much with {result.chosen.micro_tokens:,} tokens at a time. ", end="")
+    print(f"Take {more} ranks, " if more else "Take ", end="")
+    print("parallel.tensor=2, or a smaller model.context, model.layers or model.width.")
+
+
+def memory_rows(result: Memory) -> list[tuple[str, ...]]:
+    """What each option holds, and which to take."""
+    rows: list[tuple[str, ...]] = [
+        ("shard", "recomputed", "micro_tokens", "state", "gradients", "activations, work", "in all", "")
     ]
-    print(table(rows, right=(1,)))
-    if micro:
-        print(f"\nFits: parallel.micro_tokens={micro}")
-    else:
-        print(f"\nDoes not fit: {size(result.needed - result.usable)} too much with one sequence at a time.")
+    size = units.show_bytes
+    for one in result.options:
+        held = one.footprint
+        lacking = f"{size(held.peak - result.usable)} too much"
+        verdict = "take this" if one == result.chosen and one.fits else "fits" if one.fits else lacking
+        parts = size(held.state), size(held.gradients), size(held.activations + held.work), size(held.peak)
+        rows.append((f"{one.layout.shard}", one.activation_checkpointing, f"{one.micro_tokens:,}", *parts, verdict))
+    return rows
 
 
 @app.command

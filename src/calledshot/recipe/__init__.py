@@ -1,12 +1,14 @@
 """A run written down: schema, presets, overrides, and what it will cost. Standard library only."""
 
 from .check import check, problems
-from .cost import Cost, Memory, cost, memory
+from .cost import Cost, cost
 from .derived import Shape, shape, source_name, source_names
 from .errors import Requeue, RunError, ShotError, UsageError
+from .fitting import Memory, enough_ranks, largest_micro_tokens, layout, memory
 from .keys import Key, documented
-from .layout import Layout, layout
+from .layout import Layout
 from .load import Preset, load_recipe, presets
+from .memory import Footprint, footprint
 from .schema import IDENTITY_EXCLUDES, Recipe
 from .transfer import optimizer_groups
 from .writing import difference, from_dict, identity, to_dict, to_toml
@@ -14,6 +16,7 @@ from .writing import difference, from_dict, identity, to_dict, to_toml
 __all__ = [
     "IDENTITY_EXCLUDES",
     "Cost",
+    "Footprint",
     "Key",
     "Layout",
     "Memory",
@@ -28,8 +31,11 @@ __all__ = [
     "cost",
     "difference",
     "documented",
+    "enough_ranks",
+    "footprint",
     "from_dict",
     "identity",
+    "largest_micro_tokens",
     "layout",
     "load_recipe",
     "memory",

@@ -4,21 +4,15 @@ Legend: D width, H query heads, K key and value heads, C head width, F hidden, V
 A matmul of (m, k) by (k, n) counts 2 m k n FLOPs. Norms, RoPE, softmax and the optimizer count nothing, as is usual.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .derived import GATED, Shape, Stack, shape
+from .activations import Setting, fullest, passing
+from .derived import GATED, RELATIVE_BUCKETS, Shape, Stack, pooled, shape
 from .errors import UsageError
+from .layout import Layout
 from .schema import Recipe
 
 DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}
-LOSS_CHUNK = 512
-"""Positions whose logits stand in memory at once."""
-EAGER = 2.0
-"""Activations without compiled blocks, relative to with them: the norms' and rotations' float32 steps are kept."""
-RELATIVE_BUCKETS = 32
-"""Entries of T5's table for each head."""
-RESERVE = 0.1
-"""Share of a device's memory left to the allocator, the kernels and the communication."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes on one device that holds the whole model."""
+    """Bytes on one device that holds the whole model; `recipe.memory` says what stands at the same time."""
 
     weights: int
     """Copy of the parameters in the type of the matmuls; 0 in float32, where the master weights are used."""
@@ -90,7 +84,7 @@ class Bytes:
     optimizer: int
     """float32: Muon one moment for each matrix, AdamW two for everything else."""
     activations: int
-    """Estimate for one micro-batch: see `activation_bytes`."""
+    """That one micro-batch holds at its fullest on a GPU: see `activation_bytes`."""
     kv_cache_per_token: int
     """Keys and values of all layers of the decoder, without those of what an encoder gave."""
     checkpoint: int
@@ -133,17 +127,6 @@ class Cost:
         """The run at `price` for a GPU hour."""
         hours = self.hours(mfu, peak, gpus)
         return None if hours is None else hours * gpus * price
-
-
-def pooled(model: Shape) -> list[int]:
-    """Positions that each layer of the encoder works on."""
-    halvings = model.encoder_pooling.bit_length() - 1
-    layers, length, lengths = model.encoder_layers, model.encoder_context, []
-    for number in range(halvings + 1):
-        if number:
-            length = -(-length // 2)
-        lengths += [length] * (layers * (number + 1) // (halvings + 1) - layers * number // (halvings + 1))
-    return lengths
 
 
 def matmuls(model: Shape) -> list[Matmul]:
@@ -254,33 +237,15 @@ def flops_per_token(model: Shape) -> Flops:
     )
 
 
-def activation_bytes(model: Shape, micro_tokens: int, dtype_bytes: int = 2, compiled: bool = True) -> int:
-    """Estimate of what one micro-batch keeps for its backward pass, without recomputation.
-
-    A compiled layer keeps, for each token: its input, the normed input, queries, keys and values before their norm,
-    queries and keys after it, the attention's output, its row of the documents' mask (T), the feed-forward's input and
-    normed input, gate, up and their product; the tensors that autograd saves sum to 1.005 of it. The square of scores
-    that the CPU's attention keeps comes on top and is not counted. Then the embedding's and the final norm's output,
-    and of the chunked cross-entropy the float32 logits of `LOSS_CHUNK` positions with their gradient and the head's
-    gradient.
+def activation_bytes(
+    model: Shape, micro_tokens: int, dtype_bytes: int = 2, compiled: bool = True, device: str = "cuda"
+) -> int:
+    """What one micro-batch holds at its fullest on one rank: kept for the backward and taken by the work for a while,
+    without parameters and their gradients.
     """
-    rows = micro_tokens / model.row_positions
-    across = pooled(model)
-    kept = 0.0
-    for stack in model.stacks:
-        D, H, K, C = stack.width, stack.heads, stack.kv_heads, model.head_width
-        parts = 3 if model.feed_forward in GATED else 2
-        hidden = parts * stack.hidden
-        if model.experts:
-            hidden = parts * (model.top_k * model.expert_hidden + model.shared_expert_hidden) + 2 * model.top_k * D
-        layer = 4 * D + (H + 2 * K) * C + (H + K) * C + H * C + hidden
-        if stack.cross_width:
-            layer += 2 * D + 3 * H * C + across[-1]
-        lengths = [model.context] * stack.layers if stack.ordered else across
-        kept += sum(rows * length * (layer + length) for length in lengths) + 2 * rows * lengths[0] * D
-    blocks = kept * dtype_bytes * (1 if compiled else EAGER)
-    head = min(LOSS_CHUNK, micro_tokens) * model.vocabulary * 8 + model.vocabulary * model.width * (4 + dtype_bytes)
-    return int(blocks) + head
+    how = Setting(device, dtype_bytes, compiled)
+    parts = passing(model, micro_tokens / model.row_positions, Layout(), how)
+    return int(fullest([replace(part, gradients=0.0) for part in parts]))
 
 
 def optimizer_bytes(counts: Parameters, optimizer: str) -> int:
@@ -301,16 +266,21 @@ def steps(recipe: Recipe, flops: int, tokens_per_second: float | None = None) ->
     return max(1, int(duration.minutes * 60 * tokens_per_second // batch))
 
 
+def checked_shape(recipe: Recipe) -> Shape:
+    """The model's full shape. Raises: `UsageError` where it leaves the vocabulary to a tokenizer."""
+    if not recipe.model.vocabulary:
+        raise UsageError(
+            "model.vocabulary = 0 leaves the size to the tokenizer, so the cost is unknown: add model.vocabulary=SIZE"
+        )
+    return shape(recipe.model)
+
+
 def cost(recipe: Recipe, tokens_per_second: float | None = None) -> Cost:
     """What the recipe costs. `tokens_per_second`, of the whole run, gives a duration in minutes its tokens.
 
     Raises: `UsageError` where the vocabulary is left to a tokenizer, which only `shot data build` reads.
     """
-    model = shape(recipe.model)
-    if not model.vocabulary:
-        raise UsageError(
-            "model.vocabulary = 0 leaves the size to the tokenizer, so the cost is unknown: add model.vocabulary=SIZE"
-        )
+    model = checked_shape(recipe)
     counts, flops = parameters(model), flops_per_token(model)
     dtype_bytes = DTYPE_BYTES[recipe.parallel.dtype]
     optimizer = optimizer_bytes(counts, recipe.optimizer.name)
@@ -336,57 +306,4 @@ def cost(recipe: Recipe, tokens_per_second: float | None = None) -> Cost:
         tokens=tokens,
         flops=None if tokens is None else float(tokens * flops.total),
         minutes=recipe.duration.minutes or None,
-    )
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What fits on one device when each of `ranks` holds the whole model and its share of the batch."""
-
-    ranks: int
-    memory: int
-    usable: int
-    """`memory` without `RESERVE`."""
-    fixed: int
-    """Weights, gradients and optimizer."""
-    micro_tokens: int | None
-    """Largest micro-batch that fits and divides the batch; None where not even one sequence does."""
-    activations: int
-    """Of that micro-batch, or of one sequence where nothing fits."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether at least one sequence at a time fits."""
-        return self.micro_tokens is not None
-
-    @property
-    def needed(self) -> int:
-        """Bytes with `activations`."""
-        return self.fixed + self.activations
-
-
-def memory(recipe: Recipe, ranks: int = 1, memory: int = 80 * 2**30) -> Memory:
-    """What fits into `memory` bytes on each of `ranks` replicas. Replicas save nothing but activations."""
-    found = cost(recipe)
-    model, context = found.shape, found.shape.row_positions
-    dtype_bytes = DTYPE_BYTES[recipe.parallel.dtype]
-    rows = recipe.batch.tokens // context
-    share = max(1, -(-rows // ranks))
-    usable = int(memory * (1 - RESERVE))
-    fixed = found.bytes.fixed
-
-    def activations(rows: int) -> int:
-        return activation_bytes(model, rows * context, dtype_bytes, recipe.parallel.compile != "off")
-
-    best = next(
-        (n for n in range(share, 0, -1) if rows % n == 0 and fixed + activations(n) <= usable),
-        None,
-    )
-    return Memory(
-        ranks=ranks,
-        memory=memory,
-        usable=usable,
-        fixed=fixed,
-        micro_tokens=None if best is None else best * context,
-        activations=activations(best or 1),
     )

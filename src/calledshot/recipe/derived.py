@@ -7,6 +7,8 @@ from .schema import Data, Model, Source
 
 GATED = ("swiglu", "geglu")
 """Kinds of feed-forward with three matrices; the others have two."""
+RELATIVE_BUCKETS = 32
+"""Entries of T5's table for each head."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ def shape(model: Model) -> Shape:
     scaled = -(-model.hidden * width // (model.width * 64)) * 64 if width != model.width else model.hidden
     keys["encoder_hidden"] = (model.encoder_hidden or scaled or feed_forward(width)) if two else 0
     return Shape(**keys)
+
+
+def pooled(model: Shape) -> list[int]:
+    """Positions that each layer of the encoder works on."""
+    halvings = model.encoder_pooling.bit_length() - 1
+    layers, length, lengths = model.encoder_layers, model.encoder_context, []
+    for number in range(halvings + 1):
+        if number:
+            length = -(-length // 2)
+        lengths += [length] * (layers * (number + 1) // (halvings + 1) - layers * number // (halvings + 1))
+    return lengths
 
 
 def source_name(source: Source) -> str:

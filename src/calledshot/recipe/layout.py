@@ -1,4 +1,4 @@
-"""How the ranks of a job share the arithmetic: which of them hold the same weights, and which see the same tokens."""
+"""How the ranks of a job can share its work: which of them hold the same weights, and which see the same tokens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .cost import cost
 from .derived import shape
 from .errors import UsageError
 from .schema import Recipe
-
-RESERVE = 0.1
-"""Share of a device's memory left to the allocator, the kernels and the communication."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,12 @@ def parallel_problems(recipe: Recipe) -> Iterator[str]:
             fitting = divisors(math.gcd(*cut.values()))
             yield f"parallel.tensor = {parallel.tensor} does not divide the model's {name} = {size}: take {fitting}"
             break
-    if parallel.expert > 1 and not model.experts:
+    if parallel.expert > 1 and parallel.tensor > 1:
+        yield (
+            f"parallel.expert = {parallel.expert} and parallel.tensor = {parallel.tensor} would both cut the experts: "
+            "set one of them to 1"
+        )
+    elif parallel.expert > 1 and not model.experts:
         yield f"parallel.expert = {parallel.expert} shares experts, and there are none: set model.experts"
     elif model.experts % parallel.expert:
         fitting = divisors(model.experts)
@@ -77,11 +78,9 @@ def parallel_problems(recipe: Recipe) -> Iterator[str]:
         yield 'parallel.float8 is for matmuls in bfloat16, and parallel.dtype is "float32": leave one of them out'
 
 
-def layout(recipe: Recipe, ranks: int, memory: int | None = None) -> Layout:
-    """The layout of `ranks` ranks that the recipe's `parallel` asks for.
-
-    Where it leaves `shard` open, a copy of the weights is shared by as few ranks as need to, for everything to fit into
-    `memory` bytes on each; by none where `memory` is not known.
+def layouts(recipe: Recipe, ranks: int) -> list[Layout]:
+    """The layouts of `ranks` ranks that the recipe's `parallel` leaves open, a copy of the weights on fewest ranks
+    first.
 
     Raises: `UsageError` where the ranks do not come out even, or the model cannot be cut so.
     """
@@ -116,20 +115,9 @@ def layout(recipe: Recipe, ranks: int, memory: int | None = None) -> Layout:
             f"batch.tokens = {recipe.batch.tokens} is {rows} sequences, too few for {rest} ranks that each take their "
             f"own: raise it, or start {rows * tensor * context} ranks"
         )
-    if parallel.replicate:
-        shards = [rest // parallel.replicate]
-    elif parallel.shard:
-        shards = [parallel.shard]
-    else:
-        shards = [n for n in range(1, rest + 1) if rest % n == 0] if memory is not None else [1]
-    found = [Layout(rest // n, n, context, tensor, expert) for n in shards]
-    return next((one for one in found[:-1] if _fits(recipe, one, memory)), found[-1])
-
-
-def _fits(recipe: Recipe, layout: Layout, memory: int | None) -> bool:
-    bytes_ = cost(recipe).bytes
-    needed = bytes_.fixed // (layout.shard * layout.tensor) + bytes_.activations
-    return memory is None or needed <= memory * (1 - RESERVE)
+    shard = parallel.shard or (rest // parallel.replicate if parallel.replicate else 0)
+    shards = [shard] if shard else [n for n in range(1, rest + 1) if rest % n == 0]
+    return [Layout(rest // n, n, context, tensor, expert) for n in shards]
 
 
 def _left(ranks: int, tensor: int, context: int) -> str:
