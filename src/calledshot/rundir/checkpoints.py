@@ -143,18 +143,19 @@ class Checkpoints:
 
     def write_checkpoint_file(self, step: int, name: str, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
         """Writes a file of the checkpoint that is being written, and flushes it to the disk; several threads may, each
-        its own. It is hashed meanwhile, from memory, so that a mistake in writing it shows. Its entry in the manifest.
+        its own. It is hashed meanwhile, from memory, so that a mistake in writing it shows; parts that stay in a core's
+        own cache cost least. Its entry in the manifest.
 
         OSError when the disk is full.
         """
         path = self.partial_checkpoint_path(step) / name
         sha256, size = hashlib.sha256(), 0
-        with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
+        with open(path, "xb", buffering=0) as file:
             for part in parts:
-                hashed = hasher.submit(sha256.update, part)
-                size += file.write(part)
-                hashed.result()
-            file.flush()
+                sha256.update(part)
+                while part:
+                    written = file.write(part)
+                    size, part = size + written, part[written:]
             os.fsync(file.fileno())
         self._sealed[path] = {"bytes": size, "sha256": sha256.hexdigest()}
         return self._sealed[path]

@@ -33,7 +33,7 @@ from calledshot.training.pieces import Piece
 from calledshot.training.placement import PIECES, Holding, Whole, assign, document, from_bytes, holding, to_bytes
 from calledshot.training.remote import Uploads
 from calledshot.training.state import COUNTERS, MODEL, OPTIMIZER, Counters, file_name
-from calledshot.training.tensorfiles import CHUNK_BYTES, bytes_of, lay_out
+from calledshot.training.tensorfiles import WRITE_BYTES, bytes_of, lay_out
 
 Tensors = Mapping[str, tuple[Tensor, Piece]]
 Gather = Callable[[bytes], list[bytes]]
@@ -283,8 +283,8 @@ class Saver:
             else:
                 assert file.buffer is not None
                 content = file.buffer[begin:end]
-            for start in range(0, end - begin, CHUNK_BYTES):
-                chunk = content[start : start + CHUNK_BYTES]
+            for start in range(0, end - begin, WRITE_BYTES):
+                chunk = content[start : start + WRITE_BYTES]
                 if kind == "model" and not finite(chunk, file.dtypes[name]):
                     raise RunError(
                         f"{self.run.path}: the weights are not finite at step {save.step} ({name}), so they were not "

@@ -23,9 +23,9 @@ from calledshot.rundir.checkpoints import Agree
 from calledshot.training.pieces import Piece, moves
 from calledshot.training.placement import PIECES, Whole, read_wholes
 from calledshot.training.tensorfiles import (
-    CHUNK_BYTES,
     DTYPES,
     TORCH_DTYPES,
+    WRITE_BYTES,
     TensorFile,
     bytes_of,
     lay_out,
@@ -75,8 +75,8 @@ def _write_tensors(run: RunDirectory, step: int, name: str, tensors: Mapping[str
         yield header
         for key in places:
             content = bytes_of(tensors[key]).data
-            for start in range(0, len(content), CHUNK_BYTES):
-                yield content[start : start + CHUNK_BYTES]
+            for start in range(0, len(content), WRITE_BYTES):
+                yield content[start : start + WRITE_BYTES]
 
     run.write_checkpoint_file(step, name, parts())
 

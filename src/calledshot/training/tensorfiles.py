@@ -27,6 +27,9 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 HEADER_BYTES = 100_000_000
 """Most bytes of a header, as in safetensors itself; of other JSON about tensors too."""
 CHUNK_BYTES = 8 * 2**20
+WRITE_BYTES = 256 * 2**10
+"""Checked, hashed and written at a time, by one thread. With 8 MiB, hashed by another thread while they are written, a
+save cost 2.8 times the core-seconds and took longer, too: it ran out of the cores' caches."""
 GAP_BYTES = 32 * 2**10
 """Bytes between two wanted ranges that are read along with them: a disk would read them ahead anyway."""
 
