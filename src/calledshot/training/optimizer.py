@@ -321,8 +321,8 @@ class Optimizer:
         }
 
     def wanted(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
-        """What of a checkpoint's state, given as shapes by name, is this rank's."""
-        found = {name: piece for name, (_, piece) in self.state().items()}
+        """What of a checkpoint's state, given as shapes by name, is this rank's; the rest begins anew."""
+        found = {name: piece for name, (_, piece) in self.state().items() if name in stored}
         for slot in self.slots:  # an optimizer of the user's own has no state before its first step
             for name, shape in stored.items():
                 if name.startswith(f"{slot.name}.") and name not in found:
