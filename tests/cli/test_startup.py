@@ -34,6 +34,7 @@ export
 generate
 import
 note
+profile
 recipe check
 recipe diff
 recipe keys

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from calledshot.rundir import RunDirectory
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["calledshot.training", "calledshot.cli.train"])
+CONTEXT.set_forkserver_preload(["calledshot.training", "calledshot.cli.train", "torch._dynamo"])  # the last for FSDP
 PATIENCE_SECONDS = 120.0
 NUMBERS = itertools.count()
 

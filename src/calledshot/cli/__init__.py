@@ -22,6 +22,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("data", "calledshot.cli.data:app", "Prepare data, look at what is in them, see what the model sees."),
     ("train", "calledshot.cli.train:train", "Train a recipe, or go on with the run of that name."),
     ("resume", "calledshot.cli.train:resume", "Go on with an interrupted run."),
+    ("profile", "calledshot.cli.profile:profile", "Where a training step's time goes, and what would gain how much."),
     ("checkpoint", "calledshot.cli.checkpoint:app", "List, verify, delete and merge a run's checkpoints."),
     ("eval", "calledshot.cli.evaluate:eval_", "Loss, perplexity and bits per byte of held-out documents or any text."),
     ("generate", "calledshot.cli.use:generate", "Complete a text."),

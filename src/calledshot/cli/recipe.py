@@ -152,7 +152,7 @@ def cost_rows(costs: Cost) -> list[tuple[str, str, str]]:
         ("master weights", size(sizes.master), "float32"),
         ("gradients", size(sizes.gradients), "sum and present micro-batch"),
         ("optimizer", size(sizes.optimizer), "float32"),
-        ("activations", size(sizes.activations), f"estimate, micro-batch of {costs.micro_tokens:,} tokens"),
+        ("activations", size(sizes.activations), f"at most, of {costs.micro_tokens:,} tokens on a GPU"),
         ("checkpoint", size(sizes.checkpoint), ""),
         ("KV cache a token", size(sizes.kv_cache_per_token), ""),
         ("steps", number(costs.steps), ""),

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from calledshot.machine.cache import compile_cache
 from calledshot.machine.cpu import cpu_flags, cpu_model, cpu_quota, loaded_libraries, memory, usable_cores
 from calledshot.machine.gpu import driver_version, gpus
 
@@ -63,6 +64,7 @@ def describe() -> dict[str, Any]:
         ],
         "driver": driver_version(),
         **loaded_libraries(),
+        "compile_cache": compile_cache(),
         "fingerprint": fingerprint(),
     }
 

@@ -138,11 +138,13 @@ def _block(
     if setting.checkpointing == "none":
         return branches if layout.shard == 1 else [joined(branches)]
     block = joined(branches)
-    kept = setting.dtype_bytes * stack.width * local
+    stream = kept = setting.dtype_bytes * stack.width * local
     if setting.checkpointing == "selective":
         kept += sum(_products(model, stack, rows, length, encoded, bool(sparse), layout, setting))
-    # The block is computed once more before its backward, and then keeps what it would have kept.
-    backward = kept + max(block.forward, block.backward)
+    # The block is computed once more before its backward, and then keeps what it would have kept, the products and the
+    # stream among it; but eager, the stream only as a copy in float32.
+    again = 0 if setting.compiled or setting.dtype_bytes == 4 else stream
+    backward = max(kept, again + block.forward, again + block.backward)
     return [replace(block, kept=kept, forward=kept + block.forward, backward=backward)]
 
 
@@ -168,7 +170,8 @@ def _products(
         yield e * _rows(model, N, layout) * (up * model.expert_hidden / t + D) + 4 * model.experts * N
         yield e * N * (up * model.shared_expert_hidden / t + D) if model.shared_expert_hidden else 0
     else:
-        yield e * up * stack.hidden / t * N + ends
+        # What the branch ends in is kept where nobody sees that it is not needed.
+        yield e * up * stack.hidden / t * N + (0 if setting.compiled else ends)
 
 
 def _blocked(length: int, keys: int, setting: Setting) -> bool:
@@ -328,7 +331,7 @@ def _loss(model: Shape, N: float, layout: Layout, setting: Setting) -> Part:
     """The head and cross-entropy in chunks, whose gradients are made in the forward and kept."""
     e, D, V = setting.dtype_bytes, model.width, model.vocabulary
     chunk = chunk_tokens(model, N, layout, setting)
-    several = chunk < N / layout.tensor
+    chunks = -(-N / layout.tensor // chunk)
     logits, head, hidden = chunk * V, D * V, e * D * N
     gradient = hidden / layout.tensor
     if setting.compiled:
@@ -337,6 +340,8 @@ def _loss(model: Shape, N: float, layout: Layout, setting: Setting) -> Part:
         # Float32 logits where they are not that already, the same capped, and two steps of their gradient.
         work = logits * (8 + (4 if e < 4 else 0) + (8 if model.softcap else 0))
         total = (e + 8 + (4 if e < 4 else 0)) * head
-    # The head's gradient is summed over the chunks in float32: two sums and a summand.
-    standing = max(work + 4 * head, total) if several else max(work, e * head)
+    # The head's gradient is summed over the chunks in float32: two sums and a summand. Beside a third chunk stand the
+    # sum before it and its summand; beside a second, these are one.
+    before = {1: 0, 2: e}.get(int(chunks), 4 + e) * head
+    standing = max(work + before, total if chunks > 1 else e * head)
     return Part(gradient + e * head, hidden + gradient + standing, gradient + hidden, head)

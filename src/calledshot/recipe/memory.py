@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .activations import Part, Setting, chunk_tokens, fullest, passing
@@ -129,9 +130,11 @@ def footprint(recipe: Recipe, layout: Layout, micro_tokens: int, how: Setting) -
     bytes_each = e if micro_batches == 1 else 4
     several = [one for one in kept if _group(one, layout) > 1]
     if several:
-        # Gradients once more, in the order of the ranks, what came from them, and its sum in float32.
+        # Gradients once more, in the order of the ranks, what came from them, and its sum in float32; on a CPU, what is
+        # added to that is made float32 first.
         sent = bytes_each * sum(one.all for one in several)
-        summed = 4 * sum(one.all / _group(one, layout) for one in several) if bytes_each < 4 else 0
+        summed = sum(one.all / _group(one, layout) for one in several) if bytes_each < 4 else 0
+        summed *= 8 if how.device == "cpu" else 4
         moments.append(("exchange", 4 * cut + bytes_each * whole, 0.0, 2 * sent + summed))
     left = sum((4 if one in several else bytes_each) * one.all / _group(one, layout) for one in kept)
     moments.append(("optimizer", 4 * cut + left, 0.0, _update(held, muon, layout, how)))
@@ -175,8 +178,7 @@ def _update(held: list[Weight], muon: bool, layout: Layout, how: Setting) -> flo
             alike.setdefault((one.shape, _sharded(one, layout)), []).append(one)
     for ((short, long), cut), those in alike.items():
         # What is taken together is counted whole under FSDP, else by what this rank updates.
-        sizes = [(one.all / ranks, one.one / ranks) for one in those for ranks in [1 if cut else _group(one, layout)]]
-        entries = min(sum(all_ for all_, _ in sizes), max(NEWTON_SCHULZ_ENTRIES, *(one for _, one in sizes)))
+        entries = max(_batches(those, [1 if cut else _group(one, layout) for one in those]))
         whole = entries * max(one.parts for one in those)
         mine = whole / (layout.shard * layout.context) if cut else whole
         # Two iterates and the two small products of an iteration; directions as they come, put together, and stacked.
@@ -188,3 +190,17 @@ def _update(held: list[Weight], muon: bool, layout: Layout, how: Setting) -> flo
             taken = entries + whole + iterating + (whole if whole > entries else 0)
         most = max(most, how.dtype_bytes * taken)
     return most
+
+
+def _batches(those: list[Weight], ranks: list[int]) -> Iterator[float]:
+    """Entries of the batches that Muon makes of parameters, as they come layer by layer, each divided among `ranks`."""
+    taken = 0.0
+    for layer in range(max(one.all // one.one for one in those)):
+        for one, divided in zip(those, ranks, strict=True):
+            if layer * one.one >= one.all:
+                continue
+            if taken and taken + one.one / divided > NEWTON_SCHULZ_ENTRIES:
+                yield taken
+                taken = 0.0
+            taken += one.one / divided
+    yield taken

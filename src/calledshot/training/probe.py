@@ -99,9 +99,14 @@ def _dtype(device: torch.device) -> str:
     )
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which compiled code for a CPU needs."""
+    return bool(shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"))
+
+
 def _compile(recipe: Recipe, device: torch.device, dtype: str) -> bool:
     """Whether compiling repays itself: not for runs that are short anyhow, and not without a C++ compiler."""
-    if device.type == "cpu" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+    if device.type == "cpu" and not has_compiler():
         return False
     if recipe.duration.minutes:
         return recipe.duration.minutes * 60 > COMPILE_PAYS_SECONDS
