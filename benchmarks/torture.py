@@ -193,7 +193,8 @@ def document(report: Report, hostile: Sequence[Attempt], command: str, mounted: 
         *table(report),
         "",
         f"Median (largest). Every {EVERY} steps are saved, by {ASYNCHRONOUS:.0%} of the starts in the background; what "
-        "was made since the last whole checkpoint is repeated, or since the one before where that was damaged. Seconds to the first step are from "
+        "was made since the last whole checkpoint is repeated, or since the one before where that was damaged. Seconds "
+        "to the first step are from "
         "the next start, those to the last rank's end from the event: a rank that waits for one that never came is "
         f"ended after {GRACE_SECONDS:.0f}, as `--ranks` does. Files damaged: "
         f"{', '.join(f'{name} {count}' for name, count in sorted(damaged.items()))}.",
