@@ -92,15 +92,21 @@ def passing(model: Shape, rows: float, layout: Layout, setting: Setting) -> list
     N = rows * model.context / layout.context
     across = pooled(model)
     parts: list[Part] = []
-    if model.encoder is not None:
-        parts.append(_embedding(model, model.encoder, rows * model.encoder_context, setting))
-        for number, length in enumerate(across):
-            parts += _block(model, model.encoder, number, rows, length, 0, layout, setting)
-        parts.append(_between(model, model.encoder_width, rows * across[-1], setting))
-    parts.append(_embedding(model, model.decoder, N, setting))
-    for number in range(model.layers):
-        parts += _block(model, model.decoder, number, rows, model.context, across[-1] if across else 0, layout, setting)
-    parts += [_between(model, model.width, N, setting), _loss(model, N, layout, setting)]
+    for stack in model.stacks:
+        lengths = [model.context] * stack.layers if stack.ordered else across
+        positions = N if stack.ordered else rows * lengths[0]
+        parts.append(_embedding(model, stack, positions, setting))
+        masks = {length: _masks(model, stack, rows, length, layout, setting) for length in set(lengths)}
+        if across and stack.ordered:
+            masks[model.context] += _mask(rows, model.context, across[-1], 1, False, setting)
+        if setting.checkpointing != "none":  # what is computed again needs them again
+            parts.append(Part(sum(masks.values())))
+        for number, length in enumerate(lengths):
+            block = _block(model, stack, number, rows, length, across[-1] if across else 0, layout, setting)
+            stand = 0.0 if setting.checkpointing != "none" else masks[length]
+            parts += [replace(part, forward=part.forward + stand) for part in block]
+        parts.append(_between(model, stack.width, N if stack.ordered else rows * lengths[-1], setting))
+    parts.append(_loss(model, N, layout, setting))
     e = setting.dtype_bytes
     parts = [replace(part, gradients=e * (part.parameters + part.apart)) for part in parts]
     if layout.shard == 1:
@@ -206,46 +212,66 @@ def _attention(
     products = e * C * ((H * N + 2 * K * S) if cross else (H + 2 * K) * N)
     stream, outputs = e * D * N, e * H * C * N
     queries, both = e * H * C * N, e * C * (H * N + 2 * K * S)
+    biased = model.positions == "t5" and not cross
+    pairs = H * N * keys
+    standing, working = 0.0, outputs + both + stream
     if _blocked(length, keys, setting):
         # Queries, keys and values as the products with scores want them, and the weights of each block of rows.
-        first, last, seen = _row_blocks(length // parts, keys, model.topology == "decoder" and not cross)
-        mask = e * rows * seen
-        weights, first, last = (e * H * rows * each for each in (seen, first, last))
-        inside = (products if model.qk_norm else 0) + both + weights
+        first, last, seen = (e * H * rows * each for each in _row_blocks(length // parts, keys, _causal(model, cross)))
+        inside = (products if model.qk_norm else 0) + both + seen
         # Scores of a block stand in the type of the products and in float32; in float32 the weights take their place.
-        standing = mask + (last * (1 + 4 / e) if e < 4 else 0)
-        # From the smallest block on, each block's gradient takes the place of what the one before kept.
-        working = first + outputs + queries + stream
+        standing = last * (1 + 4 / e) if e < 4 else 0.0
+        # From the smallest block on, each block's gradient takes the place of what the one before kept; with a bias by
+        # head, whose gradient is made of all of them, they stand together.
+        working = first + outputs + queries + stream + (seen if biased else 0)
+    elif setting.compiled:
+        inside = (products if model.qk_norm else e * K * C * S) + both - e * K * C * S + 4 * H * N
     else:
-        standing, working = 0.0, outputs + both + stream
-        if setting.compiled:
-            inside = (products if model.qk_norm else e * K * C * S) + both - e * K * C * S + 4 * H * N
-        else:
-            turned = model.qk_norm or (model.positions == "rope" and not cross)
-            normed = ((4 if e < 4 else 0) + 4) * C * (H * N + K * local) if model.qk_norm else 0
-            inside = products + normed + (e * C * (H * N + K * S) if turned else queries) + 4 * H * N
-            if parts > 1:  # values come from the other ranks and are no view of the products any more
-                inside += e * K * C * S - (products if model.qk_norm and e < 4 else 0)
-            # Gradients of queries pass through their norm when scores and outputs are gone.
-            working = max(working, 16 * H * C * N - outputs - stream) if model.qk_norm else working
-        if setting.device == "cpu":
-            biased = model.positions == "t5" and not cross
-            entries = N * keys * (H if biased else 1)
-            if entries > MASK_ENTRIES:
-                standing = (1 + e) * MASK_ENTRIES  # of so many queries at a time, and again in the backward
-                working += standing
-            elif biased:
-                # SDPA as plain products: weights, and queries, keys and values of all heads, in float32; the mask.
-                inside = normed + 4 * H * (N * keys + C * (N + 2 * S)) + N * keys
-            else:
-                inside += e * N * keys  # the mask, in the type of the scores
-    if model.positions == "t5" and not cross:
-        working += 2 * e * H * length * keys / parts  # the table's gradient, spread over pairs: its sum and one more
+        turned = model.qk_norm or (model.positions == "rope" and not cross)
+        normed = ((4 if e < 4 else 0) + 4) * C * (H * N + K * local) if model.qk_norm else 0
+        inside = products + normed + (e * C * (H * N + K * S) if turned else queries) + 4 * H * N
+        if parts > 1:  # values come from the other ranks and are no view of the products any more
+            inside += e * K * C * S - (products if model.qk_norm and e < 4 else 0)
+        if biased and setting.device == "cpu" and pairs <= MASK_ENTRIES:
+            # SDPA as plain products: weights, and queries, keys and values of all heads, in float32; the mask. For a
+            # while the bias of every row and head, scores in float32, and which of them are -inf.
+            inside = normed + 4 * (pairs + H * C * (N + 2 * S)) + N * keys
+            standing = (e + 4 + 1) * pairs
+            working += (e + 4) * pairs
+        # Gradients of queries pass through their norm when scores and outputs are gone.
+        working = max(working, 16 * H * C * N - outputs - stream) if model.qk_norm else working
+    if setting.device == "cpu" and not _blocked(length, keys, setting):
+        if pairs * (1 if biased else 1 / H) > MASK_ENTRIES:
+            standing = (1 + e) * MASK_ENTRIES  # of so many queries at a time, and again in the backward
+            working += standing
+        elif setting.compiled or not biased:
+            inside += e * N * keys  # the mask, in the type of the scores
+    if biased:
+        working += e * H * length * keys / parts  # the gradient of the table, spread over pairs
     kept = around + inside + outputs
     source = stack.cross_width if cross else D
     parameters = (D * stack.heads + 2 * source * stack.kv_heads) * C // t + D * stack.heads * C // t
     parameters += D * (2 if model.norm_placement == "sandwich" else 1) + (2 * C if model.qk_norm else 0)
     return Part(kept, kept - outputs + standing, max(kept + working, norm_backward), parameters)
+
+
+def _masks(model: Shape, stack: Stack, rows: float, length: int, layout: Layout, setting: Setting) -> float:
+    """Bytes of what is added to the scores of all layers of a stack, which stands while they compute: 0 or -inf, and
+    T5's bias by head."""
+    heads = stack.heads if model.positions == "t5" else 0
+    parts = layout.context if stack.ordered else 1
+    return _mask(rows, length // parts, length, heads + 1, stack.ordered and _causal(model), setting)
+
+
+def _mask(rows: float, length: int, keys: int, kinds: int, causal: bool, setting: Setting) -> float:
+    """Bytes of a mask for all rows, and so many others for all rows together."""
+    pairs = setting.dtype_bytes * _row_blocks(length, keys, causal)[2]
+    return pairs * (rows * _blocked(length, keys, setting) + kinds - 1)
+
+
+def _causal(model: Shape, cross: bool = False) -> bool:
+    """Whether blocks of rows leave out the keys after them."""
+    return model.topology == "decoder" and not cross
 
 
 def _row_blocks(length: int, keys: int, causal: bool) -> tuple[float, float, float]:
