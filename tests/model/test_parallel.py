@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from processes_kept import Ranks
 from torch import Tensor
 from trunks import config, encoder_row, random_model, row
 
