@@ -252,3 +252,39 @@ def test_as_many_fit_as_cores_and_memory_allow(lab, monkeypatch):
         assert room(planned.runs) == expected
     slow = 'name = "slow"\nset.model.layers = 4\nmatch = "seconds"'
     assert room(make_plan(suite(ARMS[0], slow), lab).calibrations) == 1
+
+
+def test_a_finished_run_of_another_suite_stands_for_the_same_recipe_and_seed(lab):
+    run_suite(suite(*ARMS), lab, parallel=4, speed=False, command=TRAINER)
+    table = [one.path.name for one in runs(lab)]
+    # Another suite: its baseline under another name, one arm of the first, one that is new.
+    other = replace(suite('name = "grouped"', *ARMS[2:], 'name = "wide"\nset.model.softcap = 30.0'), name="second")
+    said = []
+    ran = run_suite(other, lab, parallel=4, speed=False, tell=said.append, command=TRAINER)
+    assert "9 runs, 6 of them done, 6 of these by other suites" in said[0]
+    assert sorted(one.path.name for one in runs(lab)) == sorted([*table, *(f"second-wide-S-s{n}" for n in range(3))])
+    report = make_report(ran.plan, lab)
+    assert report.row("grouped", "S").loss == pytest.approx(1.501)
+    assert report.analysis.effect("other", "S").seeds == (3, 3)
+
+
+@pytest.mark.parametrize("spoilt", ["seed", "asked otherwise", "a fork", "batches left out", "not done"])
+def test_what_is_not_the_same_run_stands_for_nothing(lab, spoilt):
+    first = suite('name = "base"', seeds="[0]")
+    run_suite(first, lab, speed=False, command=TRAINER)
+    path = lab / "runs" / "planted-base-S-s0"
+    seeds, more = "[0]", ""
+    if spoilt == "seed":
+        seeds = "[1]"
+    elif spoilt == "asked otherwise":
+        more = 'set.parallel.dtype = "float32"\n'
+    elif spoilt == "a fork":
+        (path / "lineage.json").write_text('{"parent": "other", "step": 3}')
+    elif spoilt == "batches left out":
+        (path / "skips.jsonl").write_text('{"first": 3, "last": 4}\n')
+    else:
+        status = json.loads((path / "status.json").read_text())
+        (path / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    again = replace(suite('name = "base"', seeds=seeds, more=more), name="second")
+    assert make_plan(again, lab).twins == {}
+    assert make_plan(first, lab).twins == {}  # its own name is its own run

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +116,31 @@ def test_preloaded_libraries_are_seen(tmp_path: Path) -> None:
     )
     assert cpu.loaded_libraries(tmp_path / "both") == {"allocator": "tcmalloc", "openmp": "libiomp5"}
     assert cpu.loaded_libraries(tmp_path / "neither") == {"allocator": "system", "openmp": "libgomp"}
+
+
+FAULTS = """
+import resource
+from calledshot.machine import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(64 << 20)
+    block[::4096] = bytes(len(block) // 4096)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain = [faults() for _ in range(3)]
+kept = keep_freed_memory()
+print(kept, plain[-1] > 10_000, [faults() for _ in range(3)][-1] < 1_000)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({}, "True True True"), ({"MALLOC_ARENA_MAX": "1"}, "False True False")],
+    ids=["kept", "the user chose"],
+)
+def test_memory_that_was_freed_is_kept_for_the_next_step(environment, said):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    ran = subprocess.run([sys.executable, "-c", FAULTS], env=clean | environment, capture_output=True, text=True)
+    assert ran.stdout.strip() == said, ran.stderr

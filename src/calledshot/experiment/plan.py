@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from calledshot import machine
-from calledshot.recipe import Recipe, ShotError, UsageError, difference, from_dict
+from calledshot.recipe import Recipe, ShotError, UsageError, difference, from_dict, identity
 from calledshot.recipe.cost import activation_bytes
-from calledshot.rundir import RunDirectory, is_run
+from calledshot.rundir import RunDirectory, is_run, runs
 
 from .matching import PASS, Cell, Rates, resolve
 from .suite import Suite
@@ -34,15 +35,18 @@ class Run:
     """One planned run."""
 
     name: str
+    """Its own, or that of another suite's finished run of the same recipe and seed."""
     cell: Cell
     seed: int
     steps: int = 0
     """Updates of a short run, which only measures its speed; 0 for one that counts."""
+    origin: str = ""
+    """Run that it begins with, empty for none."""
 
     @property
     def start(self) -> str:
-        """Name of the run whose checkpoint it begins with, empty for none; `shot convert` makes it."""
-        return f"{self.name}-start" if self.cell.start and not self.steps else ""
+        """Name of the run whose checkpoint it begins with, empty for none; `shot convert` makes it of `origin`."""
+        return f"{self.name}-start" if self.origin else ""
 
     @property
     def recipe(self) -> Recipe:
@@ -66,18 +70,26 @@ class Plan:
     """Tokens a second by (arm, size), of calibrations and of finished runs."""
     speeds: Mapping[tuple[str, str], tuple[float, ...]]
     """Tokens a second by (arm, size), of each short run that had nothing beside it; cells without any are left out."""
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """Names of runs of this suite that need not be made → finished runs of the same recipe and seed in their place."""
 
     @property
     def runs(self) -> list[Run]:
         """Every run that counts; those of cells whose tokens wait for a calibration are not known yet."""
         suite = self.suite
         return [
-            Run(suite.run_name(arm.name, size.name, f"s{seed}"), self.cells[arm.name, size.name], seed)
+            self.run(self.cells[arm.name, size.name], seed)
             for size in suite.sizes
             for seed in dict.fromkeys((*suite.seeds, *size.seeds))
             for arm in suite.arms_at(size)
             if seed in suite.seeds_of(arm, size) and not self.cells[arm.name, size.name].pending
         ]
+
+    def run(self, cell: Cell, seed: int) -> Run:
+        """The run of a cell with a seed."""
+        name = self.suite.run_name(cell.arm.name, cell.size.name, f"s{seed}")
+        origin = self.run(cell.start, seed).name if cell.start else ""
+        return Run(self.twins.get(name, name), cell, seed, origin=origin)
 
     @property
     def caution(self) -> str:
@@ -143,25 +155,43 @@ class Plan:
 
 def make_plan(suite: Suite, lab: Path) -> Plan:
     """The plan, with what has been measured in `lab` so far."""
-    rates: dict[tuple[str, str], float] = {}
     calibrated: dict[tuple[str, str], float] = {}
     speeds: dict[tuple[str, str], tuple[float, ...]] = {}
     for size in suite.sizes:
         for arm in suite.arms_at(size):
             key = (arm.name, size.name)
-            names = [suite.run_name(*key, f"s{seed}") for seed in suite.seeds_of(arm, size)]
-            known = [rate for name in names if (rate := speed(lab / "runs" / name))]
             names = [suite.run_name(*key, last) for last in (CALIBRATION, *map(speed_name, range(SPEED_ROUNDS)))]
             alone = [speed(lab / "runs" / name) for name in names]
             if alone[0]:
                 calibrated[key] = alone[0]
-                known = known or [alone[0]]
             if measured := tuple(rate for rate in alone if rate):
                 speeds[key] = measured
-            if known:
-                rates[key] = statistics.median(known)
     # From calibrations alone: a finished run may not change what the others of its cell are.
-    return Plan(suite, resolve(suite, calibrated), rates, speeds)
+    plan = Plan(suite, resolve(suite, calibrated), calibrated, speeds)
+    plan = replace(plan, twins=twins(plan.runs, lab))
+    finished: dict[tuple[str, str], list[float]] = {}
+    for run in plan.runs:
+        if rate := speed(lab / "runs" / run.name):
+            finished.setdefault((run.cell.arm.name, run.cell.size.name), []).append(rate)
+    return replace(plan, rates={**calibrated, **{key: statistics.median(rates) for key, rates in finished.items()}})
+
+
+def twins(planned: Sequence[Run], lab: Path) -> dict[str, str]:
+    """Finished runs in `lab` that are what planned ones would become: of the same recipe and seed, asked to compute and
+    evaluate alike, from the beginning and with every batch. A run that has begun under its own name keeps it."""
+    wanted = [run for run in planned if not run.cell.start and not is_run(lab / "runs" / run.name)]
+    found: dict[tuple[object, ...], str] = {}
+    for run in runs(lab) if wanted else ():
+        if run.state() == "done" and not run.load("lineage") and not run.rows("skips"):
+            with suppress(ShotError, ValueError):
+                if text := run.recipe_toml():
+                    found.setdefault(asked(from_dict(tomllib.loads(text), run.name)), run.name)
+    return {run.name: found[key] for run in wanted if (key := asked(run.recipe)) in found}
+
+
+def asked(recipe: Recipe) -> tuple[object, ...]:
+    """What two runs have to share so that one can stand for the other."""
+    return identity(recipe), replace(recipe.parallel, threads=0), recipe.evals, recipe.data.skip
 
 
 def speed_name(place: int) -> str:

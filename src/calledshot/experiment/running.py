@@ -82,7 +82,9 @@ def run_suite(
         runs = chosen(plan.runs, arms, sizes)
         states = {run.name: state(run, lab) for run in runs}
         done = sum(one == "done" for one in states.values())
-        tell(f"{suite.name}: {len(runs)} runs, {done} of them done; {slots} at a time")
+        others = sum(run.name in plan.twins.values() for run in runs)
+        shared = f", {others} of these by other suites" if others else ""
+        tell(f"{suite.name}: {len(runs)} runs, {done} of them done{shared}; {slots} at a time")
         bench.train([run for run in runs if states[run.name] != "done"], retry)
         finished = [run for run in runs if state(run, lab) == "done"]
         bench.measure(finished)
@@ -112,7 +114,7 @@ class Bench:
                 todo.append(run)
         self._train([run for run in todo if not run.start], len(todo))
         later = [run for run in todo if run.start]
-        self.convert({run.start: (self._origin(run), run.cell.arm.convert) for run in later})
+        self.convert({run.start: (run.origin, run.cell.arm.convert) for run in later})
         self._train([run for run in later if is_run(self.lab / "runs" / run.start)], len(later))
 
     def train_alone(self, runs: Sequence[Run]) -> None:
@@ -137,9 +139,6 @@ class Bench:
         if todo:
             self.tell(f"{self.suite.name}: speeds are measured, one at a time; --no-speed leaves that out")
             self.train_alone(todo)
-
-    def _origin(self, run: Run) -> str:
-        return self.suite.run_name(run.cell.arm.start, run.cell.size.name, f"s{run.seed}")
 
     def _train(self, todo: Sequence[Run], total: int) -> None:
         threads = max(1, machine.usable_cores() // self.pool.slots)

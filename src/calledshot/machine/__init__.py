@@ -1,6 +1,6 @@
 """What this machine is and can do: description, fingerprint, measured peaks, NVML. Only what measures imports torch."""
 
-from calledshot.machine.cpu import usable_cores
+from calledshot.machine.cpu import keep_freed_memory, usable_cores
 from calledshot.machine.describe import describe, fingerprint
 from calledshot.machine.doctor import Finding, diagnose
 from calledshot.machine.gpu import Gpu, gpus, read_gpu
@@ -17,6 +17,7 @@ __all__ = [
     "diagnose",
     "fingerprint",
     "gpus",
+    "keep_freed_memory",
     "matmul_peak",
     "memory_bandwidth",
     "mfu_range",

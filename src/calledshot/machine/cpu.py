@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -109,3 +111,19 @@ def loaded_libraries(maps: Path = Path("/proc/self/maps")) -> dict[str, str]:
 
     allocator = first(("libtcmalloc", "libjemalloc", "libmimalloc"), "libsystem").removeprefix("lib")
     return {"allocator": allocator, "openmp": first(("libiomp5", "libomp", "libgomp"), "none")}
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+KEPT_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep what tensors up to 1 GiB leave behind for the next ones, where by default it gives everything
+    past 32 MiB back to the system, to be zeroed and mapped again page by page, a hundred thousand pages a step
+    (docs/notebook.md). False, and nothing done, with another allocator or where the environment sets glibc's own."""
+    chosen = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
+    if sys.platform != "linux" or chosen or loaded_libraries()["allocator"] != "system":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    return mallopt is not None and all(mallopt(key, KEPT_BYTES) for key in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))

@@ -191,6 +191,7 @@ def _profile(
 def _choose(recipe: Recipe, world: World, folder: Path) -> probe.Machine:
     """How a run that begins here would compute."""
     ranks, chosen = world.place.local_size, None
+    machine.keep_freed_memory()
     probe.set_threads(recipe, ranks)
     if world.leads:
         scratch = RunDirectory.create(folder / "run", recipe_toml=to_toml(recipe), identity=identity(recipe))

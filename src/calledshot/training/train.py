@@ -280,6 +280,7 @@ def _incarnate(
         set_threads(recipe, world.place.local_size)  # so that the environment written down is the one computed in
         dashboards = [Sink(kind, recipe, run.name, run.path) for kind in sinks]
         ranks = {"world_size": world.size, "layout": asdict(shared)}
+        ranks["freed_memory_kept"] = machine.keep_freed_memory()
         run.begin_incarnation(
             machine.describe() | ranks | commit(), [Path(sys.argv[0]).name, *sys.argv[1:]], code_diff()
         )

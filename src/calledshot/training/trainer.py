@@ -67,6 +67,7 @@ class Trainer:
         self.started = time.monotonic()
         self.device = self.world.device
         ranks = self.world.place.local_size
+        machine.keep_freed_memory()
         chosen = asdict(probe.choose(recipe, run, self.device, ranks)) if self.world.leads else None
         probe.set_threads(recipe, ranks)
         self.machine = probe.Machine(**self.world.tell(chosen))
