@@ -169,3 +169,21 @@ def test_learning_rates_move_with_width_where_the_theory_says_so():
     written = ["optimizer.transfer=none", "optimizer.name=adamw", "optimizer.learning_rate=1e-3"]
     assert set(rates(1024, *written).values()) == {1e-3}
     assert rates(256, "optimizer.head_learning_rate=0.5")["head"] == 0.5
+
+
+def test_an_encoder_of_another_width_has_rates_of_its_own():
+    """Fan-in decides (Tensor Programs V): matrices that read the encoder's states go by its width, the decoder's by
+    theirs; its own table is an input's, also where the decoder's is the head too."""
+
+    def rates(*overrides: str) -> dict[str, float]:
+        asked = ["model.width=256", "model.topology=encoder-decoder", "objective.kind=span", "optimizer.base_width=256"]
+        return optimizer_groups(load_recipe("demo", [*asked, *overrides]))
+
+    alike = rates("optimizer.name=adamw")
+    assert alike["encoder_matrix"] == alike["matrix"] and "encoder_embedding" not in alike
+    assert "encoder_matrix" not in optimizer_groups(load_recipe("demo"))
+    narrow = rates("optimizer.name=adamw", "model.encoder_width=128", "model.tied_embeddings=true")
+    assert narrow["encoder_matrix"] == pytest.approx(2 * alike["matrix"]) and narrow["matrix"] == alike["matrix"]
+    assert narrow["encoder_embedding"] == pytest.approx(alike["embedding"]) and narrow["embedding"] == narrow["head"]
+    muon = rates("optimizer.name=muon", "model.encoder_width=128")
+    assert muon["encoder_matrix"] == muon["matrix"]

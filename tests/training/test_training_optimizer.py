@@ -13,6 +13,7 @@ import torch
 from processes import Ended, curve, shot, stop_at, weights
 from torch import Tensor, nn
 
+from calledshot.model import Decoder
 from calledshot.recipe import Recipe, UsageError, from_dict
 from calledshot.rundir import RunDirectory
 from calledshot.training.optimizer import Borrowed, Optimizer, gradient_norm, orthogonalise, user_class
@@ -288,3 +289,37 @@ def test_micro_batches_add_up_to_the_batch(train: Callable[..., tuple[RunDirecto
     assert ended.code == 0, ended.said
     for one, other in zip(curve(whole), curve(parts), strict=True):
         assert one == pytest.approx(other, rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_reads_an_encoder_of_another_width_moves_at_its_rate(name: str) -> None:
+    model = {"width": 64, "encoder_width": 32, "heads": 2, "kv_heads": 2, "layers": 1, "vocabulary": 768, "context": 32}
+    asked = from_dict(
+        {
+            "model": model | {"topology": "encoder-decoder", "tied_embeddings": True},
+            "objective": {"kind": "span"},
+            "optimizer": {"name": name, "learning_rate": 0.01, "clip": 0.0, "transfer": "width", "base_width": 64},
+            "batch": {"tokens": 64},
+            "duration": {"tokens": 640},
+        }
+    )
+    trunk = Decoder(asked.model)
+    trunk.initialise(torch.Generator().manual_seed(0))
+    optimizer = optimizer_of(trunk, asked)
+    assert {slot.group for slot in optimizer.slots} <= set(optimizer.peaks)
+    groups = {slot.name: slot.group for slot in optimizer.slots}
+    assert groups["encoder.embedding_VD"] == "encoder_embedding" and groups["embedding_VD"] == "embedding"
+    matrices = {n for n, group in groups.items() if group == "encoder_matrix"}
+    assert matrices == {
+        *(n for n in groups if n.startswith("encoder.blocks") and not n.endswith(("norm_D", "norm_C"))),
+        "blocks.0.cross_key_value_K2CD",
+    }
+    # AdamW's first step is the rate in every entry, whatever the gradient (no weight decay here).
+    if name == "adamw":
+        before = {n: p.detach().clone() for n, p in trunk.named_parameters()}
+        advance(trunk, optimizer, 1)
+        moved = {n: float((p.detach() - before[n]).abs().median()) for n, p in trunk.named_parameters()}
+        inside, across = moved["encoder.blocks.0.qkv_KXCD"], moved["blocks.0.cross_key_value_K2CD"]
+        assert inside == pytest.approx(0.02, rel=0.1) and across == pytest.approx(0.02, rel=0.1)
+        assert moved["blocks.0.qkv_KXCD"] == pytest.approx(0.01, rel=0.1)
+        assert moved["encoder.embedding_VD"] == pytest.approx(0.01, rel=0.1)

@@ -7,8 +7,9 @@ rate already holds at every width.
 
 from .schema import Recipe
 
-GROUPS = ("matrix", "embedding", "head", "vector")
-"""Matrices of the blocks; the embedding; the head; gains and T5's tables of positions. A tied matrix belongs to
+GROUPS = ("matrix", "embedding", "head", "vector", "encoder_matrix", "encoder_embedding")
+"""Matrices of the blocks; the embedding; the head; gains and T5's tables of positions; with an encoder, the matrices
+whose inputs are its states, and the embedding that it has where its width is another. A tied matrix belongs to
 `embedding`, at the head's rate."""
 
 # Relation of each group's rate at `base_width` to `optimizer.learning_rate`, where the recipe does not write one.
@@ -20,9 +21,9 @@ RATIOS = {
 
 
 def optimizer_groups(recipe: Recipe) -> dict[str, float]:
-    """Peak learning rate of each group in `GROUPS`, with zeros and `optimizer.transfer` resolved. An optimizer of the
-    user's own takes AdamW's relations."""
-    optimizer = recipe.optimizer
+    """Peak learning rate of each group in `GROUPS` that the model has, with zeros and `optimizer.transfer` resolved. An
+    optimizer of the user's own takes AdamW's relations."""
+    optimizer, model = recipe.optimizer, recipe.model
     ratios = RATIOS.get(optimizer.name, RATIOS["adamw"])
     rates = {
         "matrix": optimizer.learning_rate,
@@ -30,12 +31,19 @@ def optimizer_groups(recipe: Recipe) -> dict[str, float]:
         "head": optimizer.head_learning_rate or optimizer.learning_rate * ratios["head"],
         "vector": optimizer.vector_learning_rate or optimizer.learning_rate * ratios["vector"],
     }
+    encoder_width = model.encoder_width or model.width
+    if model.topology == "encoder-decoder":
+        rates["encoder_matrix"] = rates["matrix"]
+        if encoder_width != model.width:
+            rates["encoder_embedding"] = rates["embedding"]
     if optimizer.transfer == "width":
-        scale = optimizer.base_width / recipe.model.width
+        scale = optimizer.base_width / model.width
         rates["head"] *= scale
         if optimizer.name != "muon":
             rates["matrix"] *= scale
-    if recipe.model.tied_embeddings:
+            if "encoder_matrix" in rates:
+                rates["encoder_matrix"] *= optimizer.base_width / encoder_width
+    if model.tied_embeddings:
         # As a head its entries are small: the embedding's own rate would overwrite it at every step.
         rates["embedding"] = optimizer.embedding_learning_rate or rates["head"]
     return rates

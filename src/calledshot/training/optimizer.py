@@ -19,7 +19,7 @@ from torch import Tensor
 from calledshot.recipe import Recipe, UsageError, optimizer_groups
 from calledshot.training.matrices import Matrices
 from calledshot.training.pieces import Piece
-from calledshot.training.slots import Exchange, Slot, is_matrix
+from calledshot.training.slots import MATRICES, Exchange, Slot, is_matrix
 from calledshot.training.world import World
 
 KNOWN = ("muon", "adamw")
@@ -125,7 +125,7 @@ class AdamW(Part):
         for slot in self.slots:
             if not slot.piece.numel:
                 continue
-            decay = settings.weight_decay if slot.group == "matrix" else 0.0
+            decay = settings.weight_decay if slot.group in MATRICES else 0.0
             scalars = (
                 rates[slot.group], decay, 1.0 - settings.beta1, 1.0 - settings.beta2,
                 1.0 - settings.beta1**number, 1.0 - settings.beta2**number, settings.epsilon,

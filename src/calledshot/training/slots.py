@@ -25,7 +25,7 @@ class Slot:
 
     name: str
     group: str
-    """matrix, embedding, head or vector."""
+    """One of `recipe.transfer.GROUPS`."""
     working: nn.Parameter
     """What the model computes with: all of this rank's part, or under FSDP the piece itself, as a DTensor."""
     master: Tensor
@@ -75,20 +75,26 @@ class Slot:
             self.gradient.add_(gradient)
 
 
+MATRICES = ("matrix", "encoder_matrix")
+"""Groups that weights decay in, and that Muon is for."""
+
+
 def group_of(name: str) -> str:
     """Group of learning rates that a parameter of the trunk belongs to."""
     kind = name.rpartition(".")[2]
     if kind == "embedding_VD":
-        return "embedding"
+        return "encoder_embedding" if name.startswith("encoder.") else "embedding"
     if kind == "separate_head_VD":
         return "head"
     # A table of positions adds to scores as it is: its rate must not fall with the width, as that of a matrix.
-    return "vector" if kind.endswith(("norm_D", "norm_C", "relative_bias_HR")) else "matrix"
+    if kind.endswith(("norm_D", "norm_C", "relative_bias_HR")):
+        return "vector"
+    return "encoder_matrix" if name.startswith("encoder.") or kind == "cross_key_value_K2CD" else "matrix"
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether Muon is for it: a matrix of the blocks with one row or column has no orthogonalisation worth its name."""
-    return group_of(name) == "matrix" and min(shape[-2:]) > 1
+    return group_of(name) in MATRICES and min(shape[-2:]) > 1
 
 
 def own(whole: Tensor, piece: Piece) -> Tensor:
