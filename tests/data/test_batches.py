@@ -7,7 +7,7 @@ from data_helpers import recipe_for, write_jsonl
 
 from calledshot.data import Batches, prepare
 from calledshot.recipe import RunError, UsageError
-from calledshot.recipe.schema import Phase, Source
+from calledshot.recipe.schema import Phase, Ramp, Source
 
 A, B = Source(path="a.jsonl", language_field="lang"), Source(path="b.jsonl", weight=3)
 
@@ -137,7 +137,7 @@ def test_prefetch_gives_the_same_batches_and_says_what_went_wrong(lab, tmp_path)
     fetched = list(made.prefetch(3, 9))
     assert [step for step, _ in fetched] == list(range(3, 9))
     assert all(same(batch, made.batch(step)) for step, batch in fetched)
-    assert all(len(batch.inputs) == 2 for _, batch in made.prefetch(0, 3, rows=(1, 3)))
+    assert all(len(batch.inputs) == 2 for _, batch in made.prefetch(0, 3, share=lambda rows: (1, 3)))
     write_jsonl(tmp_path / "c.jsonl", 50)
     broken = batches(tmp_path, Source(path="c.jsonl"))
     shard = broken.prepared.path / f"{broken.prepared.sources[0].train.shards[0].stem}.bin"
@@ -167,3 +167,26 @@ def test_few_positions_are_lost_and_the_plan_is_made_once(lab):
     rows.write_bytes(content[:-8])
     batches(lab, A, B, context=256)
     assert rows.read_bytes() == content
+
+
+def test_a_ramp_deals_the_same_sequences_out_in_smaller_batches(lab):
+    """The order of a run's sequences does not know how they are dealt out, and a skipped batch is the one named."""
+    whole = batches(lab, context=32, rows=6, steps=40)
+    recipe = recipe_for(A, context=32, rows=6)
+    ramp = (Ramp(2 * 32, 0.1), Ramp(3 * 32, 0.25))
+    recipe = replace(
+        recipe, batch=replace(recipe.batch, ramp=ramp), duration=replace(recipe.duration, tokens=240 * 32, flops=0.0)
+    )
+    made = Batches(prepare(recipe, lab), recipe)
+    sizes = [made.size(step) for step in range(46)]
+    assert sizes == [2] * 12 + [3] * 12 + [6] * 22
+    rows = [row for step in range(46) for row in made.batch(step).inputs]
+    expected = [row for step in range(32) for row in whole.batch(step).inputs]
+    assert np.array_equal(rows, expected[: len(rows)])
+    assert all(same(batch, made.batch(step)) for step, batch in made.prefetch(10, 14))
+    assert [len(made.origins(step)) for step in (0, 12, 24)] == [2, 3, 6]
+    halves = [batch for _, batch in made.prefetch(12, 13, share=lambda rows: (rows // 2, rows))]
+    assert np.array_equal(halves[0].inputs, made.batch(12).inputs[1:])
+    skipping = Batches(prepare(recipe, lab), recipe, skips=[11])
+    assert [skipping.size(step) for step in (10, 11, 12)] == [2, 3, 3]
+    assert same(skipping.batch(11), made.batch(12))

@@ -164,7 +164,7 @@ def test_encoder_and_decoder_share_the_padding_that_their_contexts_leave(lab):
     assert Batches(batches.prepared, even).packing_loss < 0.03 < batches.packing_loss
     filled = batches.batch(0)
     used = (filled.documents >= 0).sum() + (filled.encoded.documents >= 0).sum()
-    assert batches.context == 160 and batches.rows_per_batch == 4
+    assert batches.context == 160 and batches.size(0) == 4
     assert used / (4 * 160) == pytest.approx(1 - batches.packing_loss, abs=0.1)
 
 

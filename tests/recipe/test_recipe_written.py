@@ -44,7 +44,7 @@ optimizer.name optimizer.learning_rate optimizer.embedding_learning_rate optimiz
 optimizer.vector_learning_rate optimizer.weight_decay optimizer.momentum optimizer.beta1 optimizer.beta2
 optimizer.epsilon optimizer.clip optimizer.transfer optimizer.base_width
 schedule.kind schedule.warmup schedule.decay schedule.final
-batch.tokens
+batch.tokens batch.ramp.N.tokens batch.ramp.N.until
 duration.tokens duration.flops duration.minutes
 parallel.micro_tokens parallel.dtype parallel.compile parallel.threads
 parallel.replicate parallel.shard parallel.tensor parallel.context parallel.expert

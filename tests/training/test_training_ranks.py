@@ -283,3 +283,31 @@ def test_samples_and_norms_are_those_of_one_rank(lab: Path, layout: str) -> None
     for one, other in zip(*norms, strict=True):
         for kind in ("gradient", "update"):
             assert other[kind] == pytest.approx(one[kind], rel=1e-3, abs=1e-6)
+
+
+RAMP = ("batch.ramp.0.tokens=64", "batch.ramp.0.until=0.1", "batch.ramp.1.tokens=96", "batch.ramp.1.until=0.4")
+"""Two, three and four rows: ten steps, twenty, and thirty."""
+
+
+def test_batches_that_grow_are_the_same_on_other_ranks_and_after_an_interruption(lab: Path) -> None:
+    alone = train(lab, "ramp-alone", 1, *RAMP)
+    rows = alone.metrics()
+    sizes = [after["tokens"] - before["tokens"] for before, after in zip([{"tokens": 0}, *rows], rows, strict=False)]
+    assert sizes == [64] * 10 + [96] * 20 + [128] * 30
+    assert alone.status()["total_tokens"] == 6400 and alone.load("summary")["tokens"] == 6400
+    assert alone.load("summary")["goodput"] < 1
+
+    again = train(lab, "ramp-again", 1, *RAMP, before=stop_at_20_alone)
+    assert again.state() == "interrupted"
+    train(lab, "ramp-again", 1, *RAMP)
+    assert curve(again) == curve(alone)
+
+    elastic = train(lab, "ramp-elastic", 2, *RAMP, before=stop_last_rank_at_20)
+    assert elastic.state() == "interrupted"
+    train(lab, "ramp-elastic", 1, *RAMP)
+    assert losses(elastic) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def stop_at_20_alone() -> None:
+    """For `before`."""
+    stop_at(20)

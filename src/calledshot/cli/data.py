@@ -92,7 +92,7 @@ def show(
         with bar() as progress:
             prepared = prepare(loaded, find_lab(), progress)
         batches = Batches(prepared, loaded, steps=cost(loaded).steps if loaded.duration.flops else None)
-    rows = rows or (batches.rows_per_batch if run or json else 4)
+    rows = rows or (batches.size(step - 1) if run or json else 4)
     show_step(batches, step, rows, documents_only=bool(run), json=json)
 
 
@@ -137,7 +137,7 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
     """Print the first rows of a step's batch."""
     from calledshot.data.inspection import segments
 
-    batch, origins = batches.rows(step - 1, 0, min(rows, batches.rows_per_batch)), batches.origins(step - 1)
+    batch, origins = batches.rows(step - 1, 0, min(rows, batches.size(step - 1))), batches.origins(step - 1)
     tokenizer = batches.prepared.tokenizer
     number = batches.number(step - 1)
     if json:
@@ -145,7 +145,7 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
             {
                 "step": step,
                 "batch": number,
-                "rows_in_batch": batches.rows_per_batch,
+                "rows_in_batch": batches.size(step - 1),
                 "rows": [
                     [
                         {**vars(origin), **piece_texts(batch, row, piece, tokenizer)}
@@ -163,7 +163,7 @@ def show_step(batches: Any, step: int, rows: int, documents_only: bool, json: bo
     colour = console.is_terminal
     frame = batches.denoising.frame
     width = f"{frame.encoder_context} + {frame.context}" if frame.encoder_context else f"{frame.context}"
-    size = f"{batches.rows_per_batch} rows of {width}"
+    size = f"{batches.size(step - 1)} rows of {width}"
     console.print(Text(f"step {step}: batch {number}, {size}; data.skip = [{number}] leaves it out"))
     for row in range(len(batch.inputs)):
         padding = int((batch.documents[row] < 0).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from calledshot.data.prepared import Prepared
 from calledshot.data.shards import Readers
 from calledshot.objective import Batch, causal
 from calledshot.objective.chance import key
-from calledshot.recipe import Recipe, UsageError
+from calledshot.recipe import Recipe, UsageError, batching
 from calledshot.recipe.objectives import described
 
 AHEAD = 4
@@ -63,8 +63,8 @@ class Batches:
         """The objective."""
         self.context = self.denoising.frame.positions
         """Positions of a sequence; the encoder's and the decoder's, where there are two."""
-        self.rows_per_batch = recipe.batch.tokens // self.context
-        """Sequences in a global batch, B."""
+        self.batching = batching(recipe)
+        """How many sequences each global batch has."""
         self._seed = recipe.seed
         self._variant = functools.cache(self._plan_variant)
         self.plans: tuple[Plan, ...] = tuple(self._plan(source, 0) for source in range(len(prepared.sources)))
@@ -74,28 +74,28 @@ class Batches:
         self._readers = Readers()
         self._check_size(recipe)
         if steps is None and recipe.duration.tokens:
-            steps = -(-recipe.duration.tokens // recipe.batch.tokens)
+            steps = self.batching.needed(recipe.duration.tokens)
         self._mixture = self._lay_out(recipe, steps)
         self.steps_available: int | None = None
         """Steps after which every source has reached its `max_epochs`; None where one has no bound."""
         if self._mixture.end is not None:
-            numbers = self._mixture.end // self.rows_per_batch
+            numbers = self.batching.filled(self._mixture.end)
             self.steps_available = numbers - sum(skip < numbers for skip in self._skips)
             if steps is not None and self.steps_available < steps:
                 raise UsageError(
-                    f"data.sources: max_epochs leaves {self.steps_available * recipe.batch.tokens:,} tokens "
+                    f"data.sources: max_epochs leaves {self.batching.tokens(self.steps_available):,} tokens "
                     f"({self.steps_available:,} steps), and the run asks for {steps:,} steps: "
                     "raise max_epochs (0 sets no bound), add text, or shorten `duration`"
                 )
 
     def _check_size(self, recipe: Recipe) -> None:
         weighted = [p for p, s in zip(self.plans, recipe.data.sources, strict=True) if s.weight or recipe.data.phases]
-        rows = sum(plan.rows for plan in weighted)
-        if rows < self.rows_per_batch:
+        rows, wanted = sum(plan.rows for plan in weighted), recipe.batch.tokens // self.context
+        if rows < wanted:
             tokens = sum(plan.pairs for plan in weighted)
             raise UsageError(
                 f"data.sources: {', '.join(self._names)}: {tokens:,} training tokens fill {rows} sequences of "
-                f"{self.context}, less than one batch of {self.rows_per_batch}: lower batch.tokens or model.context, "
+                f"{self.context}, less than one batch of {wanted}: lower batch.tokens or model.context, "
                 "or add text"
             )
 
@@ -107,7 +107,7 @@ class Batches:
             raise UsageError("data.phases: their start is a share of the run, and its number of steps is not known yet")
         for phase in sorted(recipe.data.phases, key=lambda phase: phase.start):
             weights = [phase.weights.get(name, weight) for name, weight in zip(self._names, own, strict=True)]
-            first = int(phase.start * (steps or 0)) * self.rows_per_batch
+            first = self.batching.before(self.batching.reached(phase.start, steps or 0))
             # A phase that begins where the one before it does takes its place.
             phases = [kept for kept in phases if kept[0] < first]
             phases.append((first, weights))
@@ -162,8 +162,12 @@ class Batches:
         return number
 
     def batch(self, step: int) -> Batch:
-        """The global batch of a step, from 0; B = batch.tokens / model.context rows."""
-        return self.rows(step, 0, self.rows_per_batch)
+        """The global batch of a step, from 0; B = batch.tokens / model.context rows, fewer during `batch.ramp`."""
+        return self.rows(step, 0, self.size(step))
+
+    def size(self, step: int) -> int:
+        """Sequences in the global batch of a step, B."""
+        return self.batching.rows(self.number(step))
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` of a step's batch: a rank's share, the same rows however many ranks there are."""
@@ -178,7 +182,7 @@ class Batches:
 
     def _locate(self, step: int, row: int) -> tuple[int, int, int]:
         """(source, epoch, row of the source's plan) of a row of a step's batch."""
-        slot = self.number(step) * self.rows_per_batch + row
+        slot = self.batching.before(self.number(step)) + row
         if self._mixture.end is not None and slot >= self._mixture.end:
             raise UsageError(
                 f"data.sources: max_epochs is reached by every source before step {step}; raise it, or add text"
@@ -200,7 +204,7 @@ class Batches:
 
     def progress(self, step: int) -> dict[str, float]:
         """Passes over each source, by name, that the batches before `step` have made."""
-        counts = self._mixture.counts(self.number(step) * self.rows_per_batch)
+        counts = self._mixture.counts(self.batching.before(self.number(step)))
         passes = {}
         for source, count in enumerate(counts):
             if self.plans[source].rows:
@@ -214,7 +218,7 @@ class Batches:
         people."""
         indexes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, list[str]]] = {}
         rows = []
-        for row in range(self.rows_per_batch):
+        for row in range(self.size(step)):
             source, epoch, number = self._locate(step, row)
             origins = []
             made = self._plan(source, epoch)
@@ -237,17 +241,21 @@ class Batches:
         return rows
 
     def prefetch(
-        self, start: int, stop: int | None = None, rows: tuple[int, int] | None = None
+        self, start: int, stop: int | None = None, share: Callable[[int], tuple[int, int]] | None = None
     ) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from `start` on, read by a thread some steps ahead; `rows` is a rank's share. Raises what
-        reading raises."""
-        first, last = rows or (0, self.rows_per_batch)
+        """(step, batch) from `start` on, read by a thread some steps ahead; `share` gives the rows that are a rank's of
+        so many. Raises what reading raises."""
+
+        def read(step: int) -> Batch:
+            rows = self.size(step)
+            return self.rows(step, *(share(rows) if share else (0, rows)))
+
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ready = []
             step = start
             while stop is None or step < stop or ready:
                 while len(ready) < AHEAD and (stop is None or step < stop):
-                    ready.append((step, pool.submit(self.rows, step, first, last)))
+                    ready.append((step, pool.submit(read, step)))
                     step += 1
                 number, future = ready.pop(0)
                 yield number, future.result()

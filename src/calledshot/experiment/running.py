@@ -168,7 +168,7 @@ class Bench:
                 rmtree(RunDirectory(path).folder, ignore_errors=True)
             if now == "not started" and self.pool.signal is None:
                 now = "failed"
-            more = f": {said}" if now == "failed" else ""
+            more = f": {said}" if said and self.pool.signal is None else ""
             self.tell(f"{job.name}: {now} after {seconds:,.0f} s ({ended[0]} of {total}){more}")
 
         self.pool.work((job(run) for run in todo), over)

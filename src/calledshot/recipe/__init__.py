@@ -1,5 +1,6 @@
 """A run written down: schema, presets, overrides, and what it will cost. Standard library only."""
 
+from .batching import Batching, batching
 from .check import check, problems
 from .cost import Cost, cost
 from .derived import Shape, shape, source_name, source_names
@@ -15,6 +16,7 @@ from .writing import difference, from_dict, identity, to_dict, to_toml
 
 __all__ = [
     "IDENTITY_EXCLUDES",
+    "Batching",
     "Cost",
     "Footprint",
     "Key",
@@ -27,6 +29,7 @@ __all__ = [
     "Shape",
     "ShotError",
     "UsageError",
+    "batching",
     "check",
     "cost",
     "difference",

@@ -218,6 +218,7 @@ def length_problems(recipe: Recipe) -> Iterator[str]:
             f"parallel.micro_tokens = {micro} must divide batch.tokens = {batch} and be a multiple of {called} = "
             f"{context}: take {fitting}"
         )
+    yield from ramp_problems(recipe, context, called)
     duration = recipe.duration
     given = [key for key in ("tokens", "flops", "minutes") if getattr(duration, key)]
     if len(given) != 1:
@@ -234,6 +235,25 @@ def length_problems(recipe: Recipe) -> Iterator[str]:
             f"schedule.warmup = {schedule.warmup} and schedule.decay = {schedule.decay} together are more than the "
             "whole run: lower one"
         )
+
+
+def ramp_problems(recipe: Recipe, context: int, called: str) -> Iterator[str]:
+    """Stages of smaller batches that are none, or not in order."""
+    ramp = recipe.batch.ramp
+    if ramp and not recipe.duration.tokens:
+        yield "batch.ramp: its stages are shares of the run's tokens: say how long the run is by duration.tokens"
+    until = 0.0
+    for place, stage in enumerate(ramp):
+        key = f"batch.ramp.{place}"
+        if not 0 < stage.tokens <= recipe.batch.tokens or stage.tokens % context:
+            yield (
+                f"{key}.tokens = {stage.tokens}: take a multiple of {called} = {context}, at most batch.tokens = "
+                f"{recipe.batch.tokens}"
+            )
+        if not until < stage.until < 1:
+            more = f" and more than {until:g}, where the stage before it ends" if until else ""
+            yield f"{key}.until = {stage.until:g}: take a share of the run's tokens below 1{more}"
+        until = stage.until
 
 
 def data_problems(data: Data) -> Iterator[str]:

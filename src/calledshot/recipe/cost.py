@@ -7,6 +7,7 @@ A matmul of (m, k) by (k, n) counts 2 m k n FLOPs. Norms, RoPE, softmax and the 
 from dataclasses import dataclass, replace
 
 from .activations import Setting, fullest, passing
+from .batching import batching
 from .derived import GATED, RELATIVE_BUCKETS, Shape, Stack, pooled, shape
 from .errors import UsageError
 from .layout import Layout
@@ -258,7 +259,7 @@ def steps(recipe: Recipe, flops: int, tokens_per_second: float | None = None) ->
     """Updates of the run: enough for the tokens asked for, as many as the FLOPs or minutes allow, at least one."""
     duration, batch = recipe.duration, recipe.batch.tokens
     if duration.tokens:
-        return -(-duration.tokens // batch)
+        return batching(recipe).needed(duration.tokens)
     if duration.flops:
         return max(1, int(duration.flops // (flops * batch)))
     if tokens_per_second is None:
@@ -286,7 +287,7 @@ def cost(recipe: Recipe, tokens_per_second: float | None = None) -> Cost:
     optimizer = optimizer_bytes(counts, recipe.optimizer.name)
     micro_tokens = recipe.parallel.micro_tokens or model.row_positions
     number = steps(recipe, flops.total, tokens_per_second)
-    tokens = None if number is None else number * recipe.batch.tokens
+    tokens = None if number is None else batching(recipe).tokens(number)
     return Cost(
         shape=model,
         parameters=counts,

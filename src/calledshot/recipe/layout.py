@@ -109,10 +109,12 @@ def layouts(recipe: Recipe, ranks: int) -> list[Layout]:
             f"parallel.expert = {expert} does not divide the {rest * context} ranks that parallel.tensor = {tensor} "
             f"leaves: take {divisors(math.gcd(rest * context, recipe.model.experts))}"
         )
-    rows = recipe.batch.tokens // shape(recipe.model).row_positions
+    sizes = {f"batch.ramp.{place}.tokens": stage.tokens for place, stage in enumerate(recipe.batch.ramp)}
+    key, tokens = min({"batch.tokens": recipe.batch.tokens, **sizes}.items(), key=lambda size: size[1])
+    rows = tokens // shape(recipe.model).row_positions
     if rows < rest:
         raise UsageError(
-            f"batch.tokens = {recipe.batch.tokens} is {rows} sequences, too few for {rest} ranks that each take their "
+            f"{key} = {tokens} is {rows} sequences, too few for {rest} ranks that each take their "
             f"own: raise it, or start {rows * tensor * context} ranks"
         )
     shard = parallel.shard or (rest // parallel.replicate if parallel.replicate else 0)

@@ -228,11 +228,24 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A smaller batch at the beginning of a run: the size that pays grows as the loss falls (McCandlish et al. 2018,
+    arXiv 1812.06162)."""
+
+    tokens: int = 0
+    """Tokens an update; a multiple of `model.context`, at most `batch.tokens`."""
+    until: float = 0.0
+    """Share of the run's tokens, in (0, 1), after which the next stage begins, or `batch.tokens`."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """How much one update sees."""
 
     tokens: int = 8192
     """Tokens an update, over all ranks; a multiple of `model.context`."""
+    ramp: tuple[Ramp, ...] = ()
+    """Smaller batches before these, in stages; needs `duration.tokens`."""
 
 
 @dataclass(frozen=True)

@@ -56,17 +56,26 @@ class Engine:
         """`recipe` is resolved; `folder` is the run's, where code of the user's own lies."""
         self.recipe, self.chosen, self.world = recipe, chosen, world
         self.rows_per_batch = recipe.batch.tokens // shape(recipe.model).row_positions
-        share = -(-self.rows_per_batch // world.layout.data)
-        self.micro_rows = min(chosen.micro_tokens // shape(recipe.model).row_positions, share)
-        self.micro_batches = -(-share // self.micro_rows)
+        """Of all ranks, once the batch has its full size."""
+        self.micro_rows, self.micro_batches = self.passes(self.rows_per_batch)
         self.tokenizer, self.folder = tokenizer, folder
         self.build()
 
+    def passes(self, rows: int) -> tuple[int, int]:
+        """Rows of a forward pass, and passes, of each rank where a global batch has so many rows."""
+        share = -(-rows // self.world.layout.data)
+        together = min(self.chosen.micro_tokens // shape(self.recipe.model).row_positions, share)
+        return together, -(-share // together)
+
+    def share(self, rows: int) -> tuple[int, int]:
+        """Which rows of so many in a global batch are this rank's."""
+        number, total = self.world.data_rank, self.world.layout.data
+        return rows * number // total, rows * (number + 1) // total
+
     @property
     def rows(self) -> tuple[int, int]:
-        """Rows of the global batch that are this rank's."""
-        number, total = self.world.data_rank, self.world.layout.data
-        return self.rows_per_batch * number // total, self.rows_per_batch * (number + 1) // total
+        """Rows of a batch of full size that are this rank's."""
+        return self.share(self.rows_per_batch)
 
     def build(self) -> None:
         """A freshly initialised model with its masters and optimizer: the same weights for any number of ranks."""
@@ -123,16 +132,19 @@ class Engine:
             wanted = self.optimizer.wanted(state.stored(folder, state.OPTIMIZER))
             self.optimizer.load_state(state.read_pieces(folder, state.OPTIMIZER, wanted, self.world.device))
 
-    def update(self, batch: Batch, number: int, factor: float, flags: Iterable[bool] = ()) -> Updated:
-        """Update `number` (from 1) on this rank's rows, at `factor` of the peak learning rates. Gradients stay until
-        `optimizer.clear`.
+    def update(
+        self, batch: Batch, number: int, factor: float, flags: Iterable[bool] = (), rows: int | None = None
+    ) -> Updated:
+        """Update `number` (from 1) on this rank's rows, at `factor` of the peak learning rates; `rows` is how many the
+        global batch has, where it has not its full size. Gradients stay until `optimizer.clear`.
         """
+        micro_rows, micro_batches = self.passes(self.rows_per_batch if rows is None else rows)
         world, device, optimizer = self.world, self.world.device, self.optimizer
         tensors = BatchTensors.of(batch, device)
         total = tensors.weights.sum()
         rows_weights = tensors.weights  # of the whole rows, where this rank has some of their positions
         if world.size > 1:
-            tensors, rows_weights = self._share(tensors)
+            tensors, rows_weights = self._share(tensors, micro_rows * micro_batches)
             total = tensors.weights.sum()
             if world.dense is not None:
                 dist.all_reduce(total, group=world.dense)
@@ -140,20 +152,20 @@ class Engine:
         loss = torch.zeros((), device=device)
         z_loss = torch.zeros((), device=device)
         loads: list[Tensor] = []
-        for start in range(0, self.micro_rows * self.micro_batches, self.micro_rows):
-            part = tensors.rows(start, start + self.micro_rows)
+        for start in range(0, micro_rows * micro_batches, micro_rows):
+            part = tensors.rows(start, start + micro_rows)
             micro_loss, micro_z = self.model.loss(
                 part.inputs, part.targets, part.weights, scale, self.recipe.objective.z_loss, **part.reading
             )
             whole = micro_loss + micro_z
             if self.model.records:
-                share = rows_weights[start : start + self.micro_rows].sum() * scale
+                share = rows_weights[start : start + micro_rows].sum() * scale
                 whole = whole + self.model.auxiliary_loss() * share
                 loads.append(torch.stack([record.load_E for record in self.model.records]) * share)
             whole.backward()
             loss += micro_loss.detach()
             z_loss += micro_z.detach()
-            last = start + self.micro_rows == self.micro_rows * self.micro_batches
+            last = start + micro_rows == micro_rows * micro_batches
             for slot in optimizer.slots:
                 if last or not slot.sharded:  # FSDP adds up by itself
                     slot.collect()
@@ -218,11 +230,11 @@ class Engine:
         }
         return {name: math.sqrt(square) for name, square in self.summed(squares).items()}
 
-    def _share(self, tensors: BatchTensors) -> tuple[BatchTensors, Tensor]:
-        """This rank's rows, filled up with rows that count for nothing to as many as every rank has, and of them the
-        positions that are this rank's; and the weights of all positions.
+    def _share(self, tensors: BatchTensors, rows: int) -> tuple[BatchTensors, Tensor]:
+        """This rank's rows, filled up with rows that count for nothing to `rows`, as many as every rank has, and of
+        them the positions that are this rank's; and the weights of all positions.
         """
-        missing = self.micro_rows * self.micro_batches - len(tensors.inputs)
+        missing = rows - len(tensors.inputs)
         if missing:
             tensors = _padded(tensors, missing)
         layout, weights = self.world.layout, tensors.weights

@@ -147,6 +147,7 @@ def _follow(recipe: Recipe, lab: Path, world: World) -> Prepared | None:
 def _profile(
     recipe: Recipe, lab: Path, prepared: Prepared, world: World, steps: int, folder: Path, trace: Path | None
 ) -> Profile | None:
+    recipe = replace(recipe, batch=replace(recipe.batch, ramp=()))  # a step is one of full size
     chosen = _choose(recipe, world, folder)
     device = str(world.device)
     peaks = [*machine.matmul_peak(chosen.dtype, PROBE_SECONDS, device)]
@@ -205,7 +206,7 @@ def _record(engine: Engine, prepared: Prepared, steps: int, file: Path) -> tuple
     """
     before, after = steps - steps // 2, steps // 2
     total = WARMUP_STEPS + before + 1 + steps + after
-    batches = Batches(prepared, engine.recipe, steps=total).prefetch(0, total, engine.rows)
+    batches = Batches(prepared, engine.recipe, steps=total).prefetch(0, total, engine.share)
     updates = _Updates(engine, batches)
     updates.do(WARMUP_STEPS)
     faults = _page_faults()

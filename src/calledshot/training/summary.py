@@ -8,7 +8,7 @@ from array import array
 from contextlib import suppress
 from typing import Any
 
-from calledshot.recipe import Cost, Recipe
+from calledshot.recipe import Cost, Recipe, batching
 from calledshot.rundir import RunDirectory, parse_time
 from calledshot.training.state import Counters
 
@@ -32,7 +32,8 @@ def summary(
                     values.append(row[key])
     median = {key: statistics.median(values) if values else None for key, values in figures.items()}
     wall, speed = wall_seconds(run), median["tokens_per_second"]
-    own_tokens = len(steps) * recipe.batch.tokens  # a fork's counters include its parent's
+    sizes = batching(recipe)
+    own_tokens = sum(sizes.rows(step - 1) for step in steps) * sizes.positions  # a fork's counters have its parent's
     mfu = {"low": median["mfu_low"], "high": median["mfu_high"]}
     parameters = cost.parameters
     return {

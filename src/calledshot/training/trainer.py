@@ -16,7 +16,7 @@ from calledshot.data import Batches, HeldOut, Prepared
 from calledshot.model import BatchTensors
 from calledshot.model.routing import load_figures
 from calledshot.objective import Batch
-from calledshot.recipe import Recipe, RunError, UsageError, cost, shape
+from calledshot.recipe import Recipe, RunError, UsageError, batching, cost, shape
 from calledshot.recipe.cost import activation_bytes
 from calledshot.recipe.units import show_bytes
 from calledshot.rundir import RunDirectory
@@ -71,7 +71,7 @@ class Trainer:
         chosen = asdict(probe.choose(recipe, run, self.device, ranks)) if self.world.leads else None
         probe.set_threads(recipe, ranks)
         self.machine = probe.Machine(**self.world.tell(chosen))
-        self.cost = cost(recipe)
+        self.cost, self.batching = cost(recipe), batching(recipe)
         self._refuse_what_cannot_fit()
         self.counters = state.Counters()
         self.stopping = False
@@ -169,8 +169,8 @@ class Trainer:
                 )
         self.saved_at = time.monotonic()
         beat = 0.0
-        for number, batch in batches.prefetch(self.counters.step, steps, self.engine.rows):
-            row, save = self._step(number, batch, steps)
+        for number, batch in batches.prefetch(self.counters.step, steps, self.engine.share):
+            row, save = self._step(number, batch, batches.size(number), steps)
             self._record(row, steps)
             self.saver.poll()
             if self.world.size == 1:
@@ -258,19 +258,21 @@ class Trainer:
             self.counters = state.Counters()
         return statistics.median(times[WARMUP_STEPS:])
 
-    def _step(self, number: int, batch: Batch, steps: int) -> tuple[dict[str, Any], bool]:
-        """One update: its row of metrics, and whether the state is to be saved after it."""
+    def _step(self, number: int, batch: Batch, rows: int, steps: int) -> tuple[dict[str, Any], bool]:
+        """One update on this rank's part of a batch of so many rows: its row of metrics, and whether the state is to be
+        saved after it.
+        """
         factor = learning_rate_factor(self.recipe.schedule, number, steps)
         start = time.perf_counter()
         norms_every = self.recipe.evals.norms_every_steps
         norms = bool(norms_every) and (number + 1) % norms_every == 0
         activations = self._activations(batch) if norms else {}
         flags = self.stop.requested, self.world.leads and self._save_due(number + 1)
-        updated = self.engine.update(batch, self.counters.updates + 1, factor, flags)
+        updated = self.engine.update(batch, self.counters.updates + 1, factor, flags, rows)
         seconds = time.perf_counter() - start
         # Alone, what was asked for meanwhile is heeded at once; ranks heed what all of them know.
         self.stopping, save = (self.stop.requested, flags[1]) if self.world.size == 1 else updated.flags
-        counters, size = self.counters, self.recipe.batch.tokens
+        counters, size = self.counters, rows * self.batching.positions
         counters.step = number + 1
         counters.tokens += size
         counters.flops += size * self.cost.flops_per_token.total
@@ -338,7 +340,7 @@ class Trainer:
         eta = None
         if recent:
             rate = statistics.median(recent)
-            eta = (steps - row["step"]) * self.recipe.batch.tokens / rate
+            eta = (self.batching.tokens(steps) - self.batching.tokens(row["step"])) / rate
             row = {**row, "tokens_per_second": rate}
         self.console.say(step_line(row, steps, eta))
 
@@ -398,5 +400,5 @@ class Trainer:
     def _status(self, outcome: Any, steps: int, message: str = "") -> None:
         self.run.set_status(
             state=outcome, step=self.counters.step, tokens=self.counters.tokens, message=message,
-            total_steps=steps, total_tokens=steps * self.recipe.batch.tokens,
+            total_steps=steps, total_tokens=self.batching.tokens(steps),
         )  # fmt: skip
