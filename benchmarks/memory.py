@@ -203,8 +203,8 @@ def predicted(case: Case, device: str) -> Footprint:
     return footprint(recipe, layout(recipe, case.ranks), recipe.parallel.micro_tokens, how)
 
 
-def in_processes(case: Case, *arguments: str) -> list[str]:
-    """What this file's ranks print of a case, the last line of each."""
+def in_processes(case: Case, *arguments: str, file: str = __file__) -> list[str]:
+    """What a file's ranks print of a case, the last line of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -215,7 +215,7 @@ def in_processes(case: Case, *arguments: str) -> list[str]:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         environment = os.environ | ({key: str(value) for key, value in place.items()} if case.ranks > 1 else {})
-        command = [sys.executable, __file__, *arguments]
+        command = [sys.executable, file, *arguments]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     answers = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):

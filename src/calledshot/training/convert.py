@@ -257,9 +257,9 @@ def _converted(
 
 
 def _fitting(recipe: Recipe) -> Recipe:
-    """Batch and duration raised to what longer rows need."""
+    """Batch and duration raised to what longer rows need, without the ramp of smaller batches."""
     row = shape(recipe.model).row_positions
-    if recipe.batch.tokens % row == 0:
+    if all(one.tokens % row == 0 for one in (recipe.batch, *recipe.batch.ramp)):
         return recipe
     tokens = -(-recipe.batch.tokens // row) * row
     duration = replace(recipe.duration, tokens=max(recipe.duration.tokens, tokens) if recipe.duration.tokens else 0)
