@@ -127,7 +127,8 @@ def axis(cases: dict[str, Case], name: str, steps: int, rounds: int, device: str
 def table(points: list[Point], name: str) -> list[str]:
     """Rows of Markdown."""
     lines = [
-        f"| {name} | parameters | active | FLOPs a step | s a step | predicted | ratio | memory, MiB | predicted | error |",
+        f"| {name} | parameters | active | FLOPs a step | s a step | predicted | ratio | memory, MiB | predicted | "
+        "error |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for one in points:
@@ -145,8 +146,9 @@ WIDE, HIGH, LEFT, BOTTOM, GAP = 250, 190, 46, 40, 24
 
 def picture(found: dict[str, list[Point]]) -> str:
     """Measured points on predicted lines, an axis a column, seconds above and memory below; logarithmic heights."""
+    size = f"{len(found) * (WIDE + GAP) + GAP} {2 * (HIGH + GAP) + 30}"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {len(found) * (WIDE + GAP) + GAP} {2 * (HIGH + GAP) + 30}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="#fff"/>'
     ]
     for column, (name, points) in enumerate(found.items()):
@@ -161,10 +163,10 @@ def picture(found: dict[str, list[Point]]) -> str:
             low = math.floor(math.log2(min(min(pair) for pair in pairs)))
             high = max(low + 1, math.ceil(math.log2(max(max(pair) for pair in pairs))))
 
-            def at(place: int, value: float, x0=x0, y0=y0, low=low, high=high, most=len(pairs)) -> str:
-                x = x0 + LEFT + (place + 0.5) * (WIDE - LEFT) / most
-                y = y0 + (HIGH - BOTTOM) * (1 - (math.log2(value) - low) / (high - low))
-                return f"{x:.1f},{y:.1f}"
+            wide, share = (WIDE - LEFT) / len(pairs), (HIGH - BOTTOM) / (high - low)
+
+            def at(place: int, value: float, x=x0 + LEFT, y=y0, wide=wide, share=share, high=high) -> str:
+                return f"{x + (place + 0.5) * wide:.1f},{y + share * (high - math.log2(value)):.1f}"
 
             parts.append(f'<text x="{x0 + LEFT}" y="{y0 - 6}">{title}</text>')
             for power in range(low, high + 1, max(1, (high - low) // 4)):
