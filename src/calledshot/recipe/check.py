@@ -251,8 +251,7 @@ def ramp_problems(recipe: Recipe, context: int, called: str) -> Iterator[str]:
                 f"{recipe.batch.tokens}"
             )
         if not until < stage.until < 1:
-            more = f" and more than {until:g}, where the stage before it ends" if until else ""
-            yield f"{key}.until = {stage.until:g}: take a share of the run's tokens below 1{more}"
+            yield f"{key}.until = {stage.until:g}: take a share of the run's tokens between {until:g} and 1"
         until = stage.until
 
 

@@ -20,7 +20,7 @@ EXPECTED = {
     float: "a number",
     str: "text in quotes",
 }
-SHARES = ("held_out", "start", "warmup", "decay", "final", "weight", "weight_decay")
+SHARES = ("held_out", "start", "until", "warmup", "decay", "final", "weight", "weight_decay")
 COMMAND_LINE = "command line"
 LARGEST = 10**units.LARGEST_EXPONENT
 
