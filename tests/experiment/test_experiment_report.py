@@ -24,7 +24,7 @@ ARMS = (
 TRUTHS = {
     "base": Truth(1.5),
     "good": Truth(1.4),
-    "slow": Truth(1.42, rate=5_000),
+    "slow": Truth(1.46, rate=5_000),
     "tied": Truth(1.5, rate=8_000),
     "vocabulary": Truth(1.45, rate=12_000),
     "shaky": Truth(1.5, spike=25),

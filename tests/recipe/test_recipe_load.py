@@ -187,7 +187,11 @@ def test_a_wrong_override_says_what_it_could_have_been(override, named):
         (["duration.tokens=100"], "batch.tokens", "train longer"),
         (["duration.tokens=1M", "batch.ramp.0.tokens=100", "batch.ramp.0.until=0.1"], "batch.ramp.0.tokens", "256"),
         (["duration.tokens=1M", "batch.ramp.0.tokens=8192", "batch.ramp.0.until=0.1"], "batch.ramp.0", "at most"),
-        (["duration.tokens=1M", "batch.ramp.0.tokens=512", "batch.ramp.0.until=100%"], "batch.ramp.0.until", "between 0 and 1"),
+        (
+            ["duration.tokens=1M", "batch.ramp.0.tokens=512", "batch.ramp.0.until=100%"],
+            "batch.ramp.0.until",
+            "between 0 and 1",
+        ),
         (["batch.ramp.0.tokens=512", "batch.ramp.0.until=0.1"], "batch.ramp", "duration.tokens"),
         (["parallel.micro_tokens=3000"], "parallel.micro_tokens", "take 2048"),
         (["parallel.threads=100000"], "parallel.threads", "0 takes the cores"),

@@ -25,6 +25,11 @@ LOSS = "bits per byte"
 BETTER, WORSE, NOISE, NONE = "better", "worse", "inside the noise", "no verdict"
 FEWEST_POINTS = 3
 """Points of a curve that a slope is fitted through at least."""
+FLATTENED = 0.5
+"""Share of the slope taken during a run that is left between its end and what it may be compared with. A power law of
+exponent 0.35 (Chinchilla's for parameters; for tokens it is less) keeps 0.84 of it at half the tokens, 0.66 at twice
+and 0.59 at four times as many; the truth is held to lie between this share and all of it.
+"""
 
 Key = tuple[str, str]
 """(arm, size)."""
@@ -103,8 +108,21 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What more or fewer tokens are worth to the baseline."""
+
+    gain: float
+    """Bits per byte for e times the tokens."""
+    variance: float
+    """Of the estimate of `gain`."""
+    first: float
+    """Share of the run's tokens from which on the slope was taken."""
+
+
+@dataclass(frozen=True)
 class Budget:
-    """An arm against the baseline once both may spend the same: the baseline's loss is moved along its own curve."""
+    """An arm against the baseline once both may spend the same: the baseline's loss is moved along its own curve. How
+    far is known to a factor (`FLATTENED`), so the interval holds both ends, and a verdict is one of both."""
 
     ratio: float
     """What the arm spent over what the baseline spent."""
@@ -163,7 +181,7 @@ def analyse(suite: Suite, runs: Sequence[Outcome]) -> Analysis:
     judged = Judge(suite, steady, noise)
     effects = judged.family(judged.pairs(), groups)
     seeds = {name: len(groups.get((suite.baseline, name), ())) for name in noise}
-    gain = {name: value for name in noise if (value := exchange(suite, name, runs)) is not None}
+    exchanges = {name: value for name in noise if (value := exchange(suite, name, runs)) is not None}
     names = {name for one in runs for name in one.measures}
     measures = {}
     for name in dict.fromkeys(one.name for one in suite.evals if one.name in names):
@@ -176,9 +194,9 @@ def analyse(suite: Suite, runs: Sequence[Outcome]) -> Analysis:
         stability=steady,
         effects=effects,
         order=order(suite, judged, groups),
-        gain=gain,
-        by_flops=judged.at_equal(grouped(runs, lambda one: one.flops), groups, gain, exact=True),
-        by_seconds=judged.at_equal(clocked(runs), groups, gain, exact=False),
+        gain={name: one.gain for name, one in exchanges.items()},
+        by_flops=judged.at_equal(grouped(runs, lambda one: one.flops), groups, exchanges, exact=True),
+        by_seconds=judged.at_equal(clocked(runs), groups, exchanges, exact=False),
         measures=measures,
     )
 
@@ -288,7 +306,7 @@ class Judge:
         self,
         spent: Mapping[Key, Sequence[float]],
         groups: Mapping[Key, Sequence[float]],
-        gain: Mapping[str, float],
+        exchanges: Mapping[str, Exchange],
         *,
         exact: bool,
     ) -> dict[Key, Budget]:
@@ -296,18 +314,41 @@ class Judge:
         found: list[tuple[Key, float, Effect]] = []
         for arm, against, size in self.pairs():
             a, b = spent.get((arm, size)), spent.get((against, size))
-            if against != self.suite.baseline or size not in gain or not a or not b:
+            if against != self.suite.baseline or size not in exchanges or not a or not b:
                 continue
-            ratio = statistics.geometric_mean(a) / statistics.geometric_mean(b)
-            more: float | None = 0.0
+            ratio, known = statistics.geometric_mean(a) / statistics.geometric_mean(b), exchanges[size]
+            clock: float | None = 0.0
             if not exact:
-                logs = [np.log(values).tolist() for key, values in spent.items() if key[1] == size]
-                clock = pooled(logs)
-                more = None if clock is None else (gain[size] * clock.sd) ** 2 * (1 / len(a) + 1 / len(b))
-            shift = gain[size] * math.log(ratio)
-            found.append(((arm, size), ratio, self.test(arm, against, size, groups, shift, more)))
+                noise = pooled(np.log(values).tolist() for key, values in spent.items() if key[1] == size)
+                clock = None if noise is None else noise.sd**2 * (1 / len(a) + 1 / len(b))
+            ends = []
+            for share in (FLATTENED, 1.0):
+                shift = share * known.gain * math.log(ratio)
+                more = share**2 * known.variance * math.log(ratio) ** 2
+                more = None if clock is None else more + (share * known.gain) ** 2 * clock
+                ends.append(self.test(arm, against, size, groups, shift, more))
+            effect = between(*ends)
+            if ratio < known.first and effect.p_value is not None:
+                effect = replace(effect, p_value=None, reason="it spent less than the baseline's curve is known for")
+            found.append(((arm, size), ratio, effect))
         effects = corrected([effect for _, _, effect in found])
         return {key: Budget(ratio, effect) for (key, ratio, _), effect in zip(found, effects, strict=True)}
+
+
+def between(first: Effect, second: Effect) -> Effect:
+    """One effect that is known to lie between two: the interval of both, and no verdict that not both give."""
+    if first.difference is None or second.difference is None:
+        return first
+    middle = replace(first, difference=(first.difference + second.difference) / 2)
+    if None in (first.low, first.high, second.low, second.high, first.p_value, second.p_value):
+        return middle
+    alike = first.difference * second.difference > 0
+    return replace(
+        middle,
+        low=min(first.low, second.low),
+        high=max(first.high, second.high),
+        p_value=max(first.p_value, second.p_value) if alike else 1.0,
+    )
 
 
 def corrected(effects: Sequence[Effect]) -> list[Effect]:
@@ -331,15 +372,14 @@ def corrected(effects: Sequence[Effect]) -> list[Effect]:
     return found
 
 
-def exchange(suite: Suite, size: str, runs: Sequence[Outcome]) -> float | None:
-    """Bits per byte that the baseline gains for e times the tokens: the slope of its held-out loss on the logarithm of
-    the tokens, before its learning rate falls and over the second half of that time.
+def exchange(suite: Suite, size: str, runs: Sequence[Outcome]) -> Exchange | None:
+    """What tokens are worth to the baseline: the slope of its held-out loss on the logarithm of the tokens, before its
+    learning rate falls and over the second half of that time.
 
-    The slope of a learning curve flattens, so this is more than the baseline would gain past its end: what wins all the
-    same has won. Where the learning rate is never constant, the second half of the run takes its place. None with fewer
-    than `FEWEST_POINTS` points; a curve that rises gains nothing.
+    Where the learning rate is never constant, the second half of the run takes its place. None with fewer than
+    `FEWEST_POINTS` points; a curve that rises gains nothing.
     """
-    slopes = []
+    slopes, variances, first = [], [], 0.0
     for one in runs:
         if (one.arm, one.size) != (suite.baseline, size) or not one.counts:
             continue
@@ -349,8 +389,13 @@ def exchange(suite: Suite, size: str, runs: Sequence[Outcome]) -> float | None:
         points = [point for point in points if point.tokens >= points[-1].tokens / 2]
         if len(points) >= FEWEST_POINTS:
             tokens = np.log([point.tokens for point in points])
-            slopes.append(-float(np.polyfit(tokens, [point.loss for point in points], 1)[0]))
-    return max(0.0, statistics.fmean(slopes)) if slopes else None
+            line, covariance = np.polyfit(tokens, [point.loss for point in points], 1, cov=True)
+            slopes.append(-float(line[0]))
+            variances.append(float(covariance[0, 0]))
+            first = max(first, points[0].tokens / (one.tokens or one.curve[-1].tokens))
+    if not slopes:
+        return None
+    return Exchange(max(0.0, statistics.fmean(slopes)), statistics.fmean(variances) / len(slopes), first)
 
 
 def order(suite: Suite, judge: Judge, groups: Mapping[Key, Sequence[float]]) -> Order:
