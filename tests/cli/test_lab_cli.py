@@ -188,3 +188,21 @@ def test_report(lab, capsys):
     ):
         assert main(wrong) == 2, wrong
     assert main(["report", "demo", "-o", "absent/out.html"]) == 1
+
+
+def test_numbers_over_other_amounts_of_text_are_told_apart(lab, capsys):
+    for name, size in (("demo", 190_000), ("wide", 40_000)):
+        for file in ("summary.json", "validation.jsonl"):
+            path = lab / "runs" / name / file
+            if file == "summary.json" and path.exists():
+                summary = json.loads(path.read_text())
+                summary["final"]["python"]["bytes_evaluated"] = size
+                path.write_text(json.dumps(summary))
+            elif file == "validation.jsonl":
+                write_lines(path, [row | {"bytes_evaluated": size} for row in read_jsonl(path)])
+    assert main(["runs"]) == 0
+    lines = capsys.readouterr().out
+    assert "(186 KiB)" in lines and "(39.1 KiB)" in lines
+    assert main(["diff", "demo", "wide"]) == 0
+    said = capsys.readouterr()
+    assert "not measured on the same text (39.1 KiB to 186 KiB of it)" in said.out + said.err

@@ -185,6 +185,13 @@ def test_a_wrong_override_says_what_it_could_have_been(override, named):
         (["model.vocabulary=0"], "model.vocabulary", "data.tokenizer"),
         (["duration.minutes=0"], "duration", "tokens, flops and minutes"),
         (["duration.tokens=100"], "batch.tokens", "train longer"),
+        (["model.rope_base=1"], "model.rope_base", "10000"),
+        (
+            ["model.heads=128", "model.head_width=2", "model.rope_scaling=ntk", "model.rope_original_context=64"],
+            "model.rope_scaling",
+            "wider heads",
+        ),
+        (["model.context=100B"], "model.context", "16777216"),
         (["duration.tokens=1M", "batch.ramp.0.tokens=100", "batch.ramp.0.until=0.1"], "batch.ramp.0.tokens", "256"),
         (["duration.tokens=1M", "batch.ramp.0.tokens=8192", "batch.ramp.0.until=0.1"], "batch.ramp.0", "at most"),
         (

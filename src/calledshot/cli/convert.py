@@ -126,7 +126,11 @@ def import_(
     own, read = lineage["context"], recipe.model.context
     if read < own and not context:
         print(f"it reads {read:,} of the {own:,} tokens that the model names; --context N takes more or fewer")
-    tell(made, f"batch.tokens={recipe.batch.tokens} optimizer.learning_rate={recipe.optimizer.learning_rate:g} ")
+    tell(
+        made,
+        f"batch.tokens={recipe.batch.tokens} optimizer.learning_rate={recipe.optimizer.learning_rate:g} "
+        "data.sources.0.path=FILE ",
+    )
 
 
 def tell(run: RunDirectory, settings: str = "") -> None:
@@ -136,7 +140,7 @@ def tell(run: RunDirectory, settings: str = "") -> None:
     sparse = f" ({active:,} active)" if active != total else ""
     print(f"{run.path}: {total:,} parameters{sparse}. Next:")
     command = f"shot train {run.path / 'recipe.toml'} --from {run.name}@0 --name NEW"
-    print(f"  {command} {settings}duration.tokens=... data.sources=...")
+    print(f"  {command} {settings}duration.tokens=...")
 
 
 def export(

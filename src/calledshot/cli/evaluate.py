@@ -73,7 +73,7 @@ def eval_(
             except ShotError as error:
                 if len(checkpoints) == 1:
                     raise
-                failures.append(str(error))
+                failures.append(str(error) if run.name in str(error) else f"{run.name}: {error}")
             else:
                 evaluations.append(made)
     if json:

@@ -58,7 +58,7 @@ class Asking:
         self.suffixes = bool(self.frame.encoder_context) if suffixes is None else suffixes
         """Whether prefixes are given."""
         if self.frame.encoder_context and not self.suffixes:
-            raise UsageError("an encoder-decoder predicts nothing without inputs: its held-out loss is of suffixes")
+            raise UsageError("an encoder-decoder predicts nothing without inputs: take --predict suffixes")
         whole = [one for one in denoising.denoisers if one.kind != "span"]
         asked = whole[0] if whole else max(denoising.denoisers, key=lambda one: one.mean_span)
         self.mode = asked.mode

@@ -52,7 +52,9 @@ class Infilling:
         whole = sum(lengths)
         stretches = (documents.ids - 2) // whole
         if not stretches.any():
-            raise UsageError(f"{source}: no held-out document has the {whole:,} tokens of an infilling")
+            raise UsageError(
+                f"--predict gaps: no held-out document of {source} has {whole:,} tokens; --predict suffixes takes any"
+            )
         document = np.repeat(np.arange(len(stretches)), stretches)
         number = np.arange(len(document)) - np.repeat(np.cumsum(stretches) - stretches, stretches)
         hashes = np.array([document_hash(name) for name in documents.names], np.uint64)
@@ -127,8 +129,11 @@ class Infilling:
         inputs, targets = (1 + left + 1 + right, 1 + middle + 1) if gap else (1 + left, middle)
         size = np.array(inputs + moded), np.array(targets)
         if not self.frame.fits(*size):
+            have = f"model.context = {self.frame.context}"
+            if self.frame.encoder_context:
+                have = f"model.encoder_context = {self.frame.encoder_context} and {have}"
             raise UsageError(
-                f"an infilling of {left} + {middle} + {right} tokens does not fit a context of {self.frame.context}"
-                + (f" with an encoder's of {self.frame.encoder_context}" if self.frame.encoder_context else "")
+                f"--predict gaps: {left} tokens, a gap of {middle} and {right} more do not fit into {have}; "
+                "--predict suffixes asks for what a short context allows"
             )
         return int(self.frame.capacity // self.frame.places(*size))

@@ -33,6 +33,8 @@ class Entry:
     """Last bits per byte by held-out source."""
     predicted: dict[str, str]
     """What these are of, by source: `whole` documents or `suffixes`, which do not compare."""
+    measured_bytes: dict[str, float | None]
+    """How much text these are over, by source: numbers over other amounts do not compare."""
     tokens_per_second: float | None
     """The summary's, else the last step's."""
     heartbeat: str | None
@@ -73,6 +75,7 @@ def entry(run: RunDirectory) -> Entry:
         loss=finite(latest.get("loss")),
         held_out=bits,
         predicted={source: view.predicted(last[source]) for source in bits},
+        measured_bytes={source: view.amount(last[source]) for source in bits},
         tokens_per_second=finite(view.summary.get("tokens_per_second")) or finite(latest.get("tokens_per_second")),
         heartbeat=str(heartbeat) if moment(heartbeat) is not None else None,
         tags=view.tags,
@@ -106,12 +109,20 @@ def cells(found: Sequence[Entry], now: float | None = None) -> list[tuple[str, .
     """The table as text, `HEADER` first. Age is the time from the last sign of life to `now`, in epoch seconds."""
     at = time.time() if now is None else now
     rows: list[tuple[str, ...]] = [HEADER]
+    amounts: dict[str, set[float | None]] = {}
+    for one in found:
+        for source, size in one.measured_bytes.items():
+            amounts.setdefault(source, set()).add(size)
     for one in found:
         alive = moment(one.heartbeat)
         age = figures.duration(max(0.0, at - alive)).split()[:2] if alive is not None else [MISSING]
-        bits = [(figures.nats(value) if len(one.held_out) == 1 else f"{source} {figures.nats(value)}")
-                + (" (suffixes)" if one.predicted[source] == "suffixes" else "")
-                for source, value in one.held_out.items()]  # fmt: skip
+        bits = []
+        for source, value in one.held_out.items():
+            text = figures.nats(value) if len(one.held_out) == 1 else f"{source} {figures.nats(value)}"
+            marks = ["suffixes"] if one.predicted[source] == "suffixes" else []
+            if (size := one.measured_bytes[source]) and len(amounts[source]) > 1:
+                marks.append(figures.size(size))
+            bits.append(text + (f" ({', '.join(marks)})" if marks else ""))
         rows.append(
             (
                 one.name,

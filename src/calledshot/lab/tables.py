@@ -98,19 +98,20 @@ def results(views: Sequence[View]) -> list[Result]:
 
 
 def unlike(views: Sequence[View], source: str) -> str:
-    """What to know of the runs' numbers for a source where some are of suffixes; empty where all are of whole
-    documents."""
-    kinds, contexts = set(), set()
+    """What to know of the runs' numbers for a source where some are of suffixes, or of more text than others; empty
+    where all are of the same whole documents."""
+    kinds, contexts, amounts = set(), set(), set()
     for view in views:
         row, _ = view.final(source)
         if finite(row.get("bits_per_byte")) is None:
             continue
         kinds.add(view.predicted(row))
+        amounts.add(view.amount(row))
         if view.recipe is not None:
             model = view.recipe.model
             contexts.add(min(model.context, model.encoder_context or model.context))
     if "suffixes" not in kinds:
-        return ""
+        return other_text(amounts)
     if len(kinds) > 1:
         return (
             "Some runs predict whole documents and others, with an encoder, their suffixes: these numbers do not "
@@ -123,6 +124,17 @@ def unlike(views: Sequence[View], source: str) -> str:
             "so these suffixes are not the same text and do not compare with each other either."
         )
     return text
+
+
+def other_text(amounts: set[float | None]) -> str:
+    """What to know of numbers over these bytes of one source; empty where it may be the same text."""
+    known = sorted(amounts - {None})  # ty: ignore
+    if len(known) < 2:
+        return ""
+    return (
+        f"The runs were not measured on the same text ({figures.size(known[0])} to {figures.size(known[-1])} of it): "
+        "these numbers do not compare; `shot eval RUN RUN` measures all on all of it."
+    )
 
 
 def devices(view: View) -> tuple[int | None, str]:

@@ -140,6 +140,10 @@ class View:
         encodes = self.recipe is not None and self.recipe.model.topology == "encoder-decoder"
         return str(measured.get("predicted") or ("suffixes" if encodes else "whole"))
 
+    def amount(self, measured: Mapping[str, Any]) -> float | None:
+        """Bytes of text that a held-out measurement is over, in the log of a run or in an evaluation."""
+        return finite(measured.get("bytes_evaluated")) or finite(measured.get("bytes"))
+
     @property
     def references(self) -> list[Reference]:
         """Other compressors on the held-out files: the `references` in the summaries of the run and of its evaluations,

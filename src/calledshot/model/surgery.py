@@ -39,9 +39,8 @@ def upcycled_model(
             "--top-k 1: weights that sum to 1 are then always 1, and teach the router nothing; take 2 or more, or "
             "--no-renormalize, with which the logits are no longer the dense model's"
         )
-    deepest = max(stack.layers for stack in found.stacks)
-    if not 0 <= dense_layers < deepest:
-        raise UsageError(f"--dense-layers {dense_layers}: leaves none of the {deepest} layers to the experts")
+    if not 0 <= dense_layers < model.layers:
+        raise UsageError(f"--dense-layers {dense_layers}: leaves none of the {model.layers} layers to the experts")
     if found.encoder and found.encoder_hidden != found.hidden:
         raise UsageError(
             f"model.encoder_hidden = {found.encoder_hidden} is not model.hidden = {found.hidden}: experts are of one "

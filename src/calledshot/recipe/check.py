@@ -60,6 +60,7 @@ LARGEST_SEED = 2**63
 LEAST_VOCABULARY = 525
 """256 bytes and what every tokenizer reserves (`data.tokenizer.SMALLEST`)."""
 MOST_THREADS = 1024
+MOST_POSITIONS = 1 << 24
 MOST_LAYERS = 10_000
 """More than any machine has use for; far more make torch crash."""
 
@@ -105,6 +106,9 @@ def ranges(recipe: Recipe) -> Iterator[str]:
     name = recipe.optimizer.name
     if name not in ("muon", "adamw") and ".py:" not in name:
         yield f"optimizer.name = {name!r}: choose muon, adamw or FILE.py:CLASS"
+    for key in ("context", "encoder_context"):
+        if (context := getattr(recipe.model, key)) > MOST_POSITIONS:
+            yield f"model.{key} = {context} is more than {MOST_POSITIONS}, past which float32 cannot count positions"
     if recipe.model.layers > MOST_LAYERS:
         yield f"model.layers = {recipe.model.layers} is more than {MOST_LAYERS}"
     if recipe.parallel.threads > MOST_THREADS:
@@ -171,7 +175,9 @@ def encoder_problems(model: Model) -> Iterator[str]:
 
 
 def rope_problems(model: Model) -> Iterator[str]:
-    """Extensions of RoPE that do not say from where."""
+    """RoPE that cannot turn, and extensions of it that do not say from where."""
+    if model.positions == "rope" and model.rope_base <= 1.0:
+        yield f"model.rope_base = {model.rope_base:g} must be more than 1: 10000 is usual"
     if model.rope_scaling == "none":
         scaling = "set model.rope_scaling to ntk, dynamic, yarn or llama3"
         yield from unread(model, ("rope_factor", "rope_original_context"), "a scaling of RoPE", scaling)
@@ -182,6 +188,11 @@ def rope_problems(model: Model) -> Iterator[str]:
         yield (
             f"model.rope_scaling = {model.rope_scaling!r} needs model.rope_original_context, the length trained at, "
             f"at most model.context = {model.context}; it is {model.rope_original_context}"
+        )
+    if model.rope_scaling in ("ntk", "dynamic") and shape(model).head_width < 4:
+        yield (
+            f"model.rope_scaling = {model.rope_scaling!r} raises the base by the other pairs of a head, and one of "
+            f"{shape(model).head_width} has none: take yarn, or wider heads"
         )
     if model.rope_factor < 1.0:
         yield f"model.rope_factor = {model.rope_factor} must be at least 1"

@@ -143,6 +143,8 @@ def import_model(source: str, lab: Path, name: str, context: int = 0) -> RunDire
 
 def _reading(model: schema.Model, context: int) -> schema.Model:
     """An imported model with the context asked for, or else one that can be trained."""
+    if context < 0:
+        raise UsageError(f"--context {context}: must be 1 or more, or 0 for the model's own")
     if context > model.context and model.positions == "rope":
         raise UsageError(
             f"--context {context}: the model reads {model.context:,} tokens; import it as it is, and let "
@@ -152,8 +154,6 @@ def _reading(model: schema.Model, context: int) -> schema.Model:
         raise UsageError(
             f"--context {context}: its RoPE is scaled from {model.rope_original_context:,} tokens, so it is no less"
         )
-    if context < 0:
-        raise UsageError(f"--context {context}: must be 1 or more, or 0 for the model's own")
     return replace(model, context=context or min(model.context, max(IMPORTED_CONTEXT, model.rope_original_context)))
 
 

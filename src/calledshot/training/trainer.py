@@ -135,8 +135,10 @@ class Trainer:
             sizes = {name: size for name, size in asdict(self.world.layout).items() if size > 1}
             cut = " x ".join(f"{name} {size}" for name, size in sizes.items())
             threads = f"{self.world.size} ranks ({cut}) of {threads}"
+        sparse = f", {quantity(counts.active)} active" if counts.active != counts.total else ""
         return (
-            f"{self.run.name}: {quantity(counts.total)} parameters ({quantity(counts.non_embedding)} non-embedding), "
+            f"{self.run.name}: {quantity(counts.total)} parameters ({quantity(counts.non_embedding)} non-embedding"
+            f"{sparse}), "
             f"{quantity(self.cost.flops_per_token.total)} FLOPs a token; {chosen.dtype} on {chosen.device}, "
             f"{threads}, {'compiled' if chosen.compile else 'not compiled'}{start}"
         )

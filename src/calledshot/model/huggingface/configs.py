@@ -44,6 +44,14 @@ PLAIN: dict[str, Any] = {
 }
 """What a configuration that says otherwise describes is not this decoder."""
 
+COUNTS = (
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "num_experts_per_tok", "vocab_size"),
+    *("max_position_embeddings", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads"),
+    "n_positions",
+)
+"""Keys of a configuration that count something."""
+
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
@@ -157,13 +165,16 @@ def read_model(folder: Path) -> schema.Model:
     """
     file = folder / "config.json"
     found = read_config(folder)
-    kind = KINDS.get(found.get("model_type"))
+    kind = KINDS.get(str(found.get("model_type")))
     if kind is None:
         raise UsageError(f"{file}: model_type is {found.get('model_type')!r}; {', '.join(KINDS)} can be read")
     for key, only in PLAIN.items():
         if found.get(key, only) != only:
             raise UsageError(f"{file}: {key} = {found[key]!r} has no place in this trunk, which has {only!r}")
     found = {**DEFAULTS[kind], **{key: value for key, value in found.items() if value is not None}}
+    for key in COUNTS:
+        if key in found and not (type(found[key]) is int and found[key] > 0):
+            raise UsageError(f"{file}: {key} = {found[key]!r} is not a whole number above 0")
     try:
         return _t5(file, found) if kind == "t5" else _decoder(file, found, kind)
     except KeyError as error:
@@ -176,8 +187,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. UsageError where there is none."""
     found = read_json(folder / "config.json")
     if not isinstance(found, dict):
+        what = "is missing" if found is None else "is no JSON object"
         raise UsageError(
-            f"{folder / 'config.json'}: is missing; a Hugging Face folder holds config.json and model.safetensors"
+            f"{folder / 'config.json'}: {what}; a Hugging Face folder holds config.json and model.safetensors"
         )
     return found
 
@@ -232,6 +244,8 @@ def _decoder(file: Path, found: Mapping[str, Any], kind: str) -> schema.Model:
 def _read_rotary(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE's keys. Up to the length that it was trained at, "dynamic" is RoPE as it is, here and there."""
     rotary = found.get("rope_scaling") or found.get("rope_parameters") or {}
+    if not isinstance(rotary, dict):
+        raise UsageError(f"{file}: the settings of its rotary embedding are {rotary!r}, not a table")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     base = float(rotary.get("rope_theta", found.get("rope_theta", 10_000.0)))
     if kind not in ("default", "dynamic", *OWN) or rotary.get("partial_rotary_factor", 1.0) != 1.0:
@@ -242,7 +256,9 @@ def _read_rotary(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         return {"rope_base": base}
     context = int(found["max_position_embeddings"])
     original = int(rotary.get("original_max_position_embeddings") or context)
-    factor = float(rotary.get("factor") or context / original)
+    factor = context / original if rotary.get("factor") is None else float(rotary["factor"])
+    if not factor >= 1.0:
+        raise UsageError(f"{file}: factor = {factor:g} of its {kind} stretches nothing: it must be at least 1")
     scaled = {"rope_base": base, "rope_scaling": kind, "rope_factor": factor, "rope_original_context": original}
     if kind == "dynamic":
         return scaled

@@ -51,6 +51,7 @@ def import_huggingface(folder: Path) -> Imported:
 
     UsageError where the folder holds another kind of model, RunError where its files are damaged.
     """
+    read_model(folder)  # what cannot be read is told before the tokenizer is looked at
     adopted = adopt(folder, read_config(folder))
     model, state = load_huggingface(folder)
     if adopted.known > model.vocabulary:

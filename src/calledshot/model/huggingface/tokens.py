@@ -89,7 +89,7 @@ def _wanted(config: Mapping[str, Any], settings: Mapping[str, Any], names: Mappi
     def find(*keys: str) -> int | None:
         for key in keys:
             id_ = config.get(f"{key}_token_id")
-            id_ = id_[0] if isinstance(id_, list) else id_
+            id_ = next(iter(id_), None) if isinstance(id_, list) else id_
             token = settings.get(f"{key}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if id_ is None and token in ids:
