@@ -93,7 +93,7 @@ def test_nats_are_of_the_middle_alone(prepared, gap):
 def test_what_cannot_be_asked_is_refused(prepared):
     with pytest.raises(UsageError, match="no held-out document of a has 3,000 tokens"):
         infilling(prepared, lengths=(1000, 1000, 1000))
-    with pytest.raises(UsageError, match=r"--predict gaps: 20 tokens, a gap of 8 and 12 more do not fit into model.context = 40"):
+    with pytest.raises(UsageError, match=r"20 tokens, a gap of 8 and 12 more do not fit into model.context = 40"):
         infilling(prepared, context=40).select(gap=True)
     with pytest.raises(UsageError, match="never learned to fill gaps"):
         infilling(prepared, kind="causal").select(gap=True)

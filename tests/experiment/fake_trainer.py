@@ -65,6 +65,8 @@ elif verb == "generate":
     tokens = int(rest[rest.index("--tokens") + 1])
     seed = int(rest[rest.index("--seed") + 1])
     print(json.dumps({"completions": [{"tokens": tokens if seed else 3}], "tokens_per_second": 100.0 + seed}))
+elif "nonsense" in rest:
+    sys.exit("shot: --predict nonsense: there is no such question")
 else:
     far = 1.0 * (Path("runs", first, "status.json").read_text().count("extend") > 0)
     sources = {"a": {"bits_per_byte": 1.0 + far, "bytes": 100}, "b": {"bits_per_byte": 2.0 + far, "bytes": 300}}

@@ -143,7 +143,7 @@ def test_a_failed_run_counts_for_nothing_and_is_counted():
     truths = {"base": Truth(1.5), "broken": Truth(1.5, state="failed"), "good": Truth(1.4)}
     found = analyse(given("broken", "good"), runs(truths))
     assert found.stability["broken", "S"].failed == 3
-    assert found.effect("broken", "S").reason == "no finished run of broken"
+    assert found.effect("broken", "S").reason == "no result of broken"
     assert found.effect("broken", "S").difference is None
     assert found.effect("good", "S").verdict == BETTER
 

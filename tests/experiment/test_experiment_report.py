@@ -56,8 +56,8 @@ def test_verdicts_come_from_the_directories(made):
     verdicts = {row.arm: row.effect.verdict for row in report.rows if row.size == "S" and row.effect}
     assert verdicts["good"] == verdicts["slow"] == verdicts["vocabulary"] == "better"
     assert verdicts["tied"] == verdicts["shaky"] == "inside the noise"
-    assert report.row("broken", "S").effect.reason == "no finished run of broken"
-    assert report.row("good", "M").effect.reason == "no finished run of good"
+    assert report.row("broken", "S").effect.reason == "no result of broken"
+    assert report.row("good", "M").effect.reason == "no result of good"
     assert report.notes[0].startswith("21 of 42 runs are done")
 
 

@@ -12,6 +12,7 @@ from calledshot.experiment import resolve, unmatched
 from calledshot.experiment.matching import TOLERANCE
 from calledshot.model import Decoder
 from calledshot.recipe import UsageError, cost
+from calledshot.recipe.conversion import pooled_model, upcycled_model
 
 ARMS = {
     "mha": "set.model.kv_heads = 4",
@@ -131,3 +132,45 @@ def test_the_command_line_moves_baseline_and_arms_alike():
     found = resolve(replace(asked, overrides=("duration.tokens=50k", "model.width=128")))
     assert {cell.cost.tokens for cell in found.values()} == {50_176}
     assert {cell.recipe.model.width for cell in found.values()} == {128}
+
+
+HALF = 'name = "half"\nmatch = "none"\nset.model.qk_norm = false\nat.S.duration.tokens = 50_000'
+
+
+def grown(convert: str, more: str = "") -> str:
+    return f'name = "grown"\nstart = "half"\nmatch = "none"\nconvert = [{convert}]\n{more}'
+
+
+def test_an_arm_that_begins_with_another_is_what_that_one_is_converted_to():
+    cells = resolve(
+        suite('name = "base"', HALF, grown('"upcycle", "--experts", "4"', "set.model.balance_weight = 0.02"))
+    )
+    half, made = (cells[arm, "S"].recipe.model for arm in ("half", "grown"))
+    assert (made.experts, made.top_k, made.balance_weight) == (4, 2, 0.02)
+    assert not made.qk_norm and made == replace(
+        upcycled_model(half, experts=4, top_k=2), balance_weight=0.02
+    )  # and what the arm it begins with had changed
+    longer = resolve(suite('name = "base"', HALF, grown('"extend", "--context=128"')))["grown", "S"].recipe.model
+    assert (longer.context, longer.rope_scaling) == (128, "yarn")
+    pooled = resolve(suite('name = "base"', HALF, grown('"kv-heads", "1"')))["grown", "S"].recipe.model
+    assert pooled == pooled_model(half, 1)
+
+
+@pytest.mark.parametrize(
+    ("convert", "more", "said"),
+    [
+        ('"foo"', "", "shot convert foo: there are upcycle, kv-heads, extend"),
+        ('"upcycle"', "", "shot convert upcycle: needs --experts"),
+        ('"upcycle", "--experts"', "", "shot convert upcycle: --experts '' is no number"),
+        ('"upcycle", "--expert", "4"', "", "did you mean --experts?"),
+        ('"upcycle", "--experts", "4", "--top-k", "9"', "", "--top-k 9"),
+        ('"kv-heads"', "", "say how many heads are left"),
+        ('"extend", "--context", "32"', "", "extend it to more"),
+        ('"upcycle", "--experts", "4"', "set.model.experts = 8", "model.experts is 4 after `shot convert`"),
+        ('"upcycle", "--experts", "4"', "set.model.width = 96", "a converted run keeps its shape"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_the_plan(convert, more, said):
+    with pytest.raises(UsageError) as error:
+        resolve(suite('name = "base"', HALF, grown(convert, more)))
+    assert said in str(error.value) and "arm grown, size S" in str(error.value)

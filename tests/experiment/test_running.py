@@ -169,7 +169,7 @@ def test_an_arm_may_begin_with_what_another_has_become(lab):
     half = 'name = "half"\nmatch = "none"\nat.S.duration.tokens = 50_000'
     grown = (
         'name = "grown"\nstart = "half"\nconvert = ["upcycle", "--experts", "4"]\nmatch = "flops"\n'
-        "set.model = { experts = 4, top_k = 2 }\nat.S.model.expert_hidden = 192"
+        "set.model.balance_weight = 0.02"
     )
     asked = suite(ARMS[0], half, grown, seeds="[0, 1]")
     ran = run_suite(asked, lab, parallel=4, speed=False, command=TRAINER)
@@ -288,3 +288,12 @@ def test_what_is_not_the_same_run_stands_for_nothing(lab, spoilt):
     again = replace(suite('name = "base"', seeds=seeds, more=more), name="second")
     assert make_plan(again, lab).twins == {}
     assert make_plan(first, lab).twins == {}  # its own name is its own run
+
+
+def test_a_question_that_cannot_be_asked_fails_the_suite(lab):
+    more = 'evals = [{ name = "odd", arguments = ["--predict", "nonsense"] }]\njudge = "odd"\n'
+    asked, said = suite(ARMS[0], ARMS[1], seeds="[0]", more=more), []
+    ran = run_suite(asked, lab, speed=False, tell=said.append, command=TRAINER)
+    assert ran.exit_code == 1
+    assert sum("there is no such question" in line for line in said) == 2
+    assert make_report(ran.plan, lab).analysis.effect("good", "S").reason == "no result of good"

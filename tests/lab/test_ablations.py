@@ -37,7 +37,7 @@ def test_the_page_stands_alone(report, tmp_path):
     assert not re.search(r"<script|(?:src|href)=[\"'](?!#|data:)|url\(", page)
     assert "<b>Better</b>" not in page and "&lt;b&gt;Better&lt;/b&gt;" in page
     assert page.count("<figure") == 2  # M has no finished run to draw
-    for text in ("1.4010", "better", "worse", "At equal seconds", "no finished run of good"):
+    for text in ("1.4010", "better", "worse", "At equal seconds", "no result of good"):
         assert text in page
     assert render(report) == render(report)
     with pytest.raises(UsageError, match="is a folder"):

@@ -13,8 +13,8 @@ from huggingface_models import VOCABULARY, loaded, random_decoder, randomize, si
 
 from calledshot.model import Decoder
 from calledshot.model.huggingface import architecture, export_huggingface, load_huggingface
-from calledshot.model.surgery import extended_model
 from calledshot.recipe import RunError, UsageError, schema
+from calledshot.recipe.conversion import extended_model
 
 SMALL = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2}
 SHAPES = {

@@ -10,14 +10,12 @@ from huggingface_models import loaded, random_decoder, sized
 from calledshot.model import Decoder, EncoderInputs, Request, Sampling, generate
 from calledshot.model.positions import frequencies
 from calledshot.model.surgery import (
-    extended_model,
     pool_kv_heads,
-    pooled_model,
     upcycle,
     upcycle_optimizer,
-    upcycled_model,
 )
 from calledshot.recipe import UsageError, schema
+from calledshot.recipe.conversion import extended_model, pooled_model, upcycled_model
 
 DENSE = sized(schema.Model(layers=3, width=64, heads=8, kv_heads=8, hidden=96))
 ENCODER_DECODER = dataclasses.replace(

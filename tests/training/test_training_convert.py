@@ -167,7 +167,9 @@ def test_an_imported_recipe_can_be_trained_however_long_the_model_says_it_reads(
     assert "it reads 32,768 of the 1,000,000 tokens that the model names; --context N takes more" in ended.said
     recipe = run_recipe(RunDirectory.open(lab / "runs" / "endless"))
     assert (recipe.model.context, recipe.batch.tokens) == (32_768, 8 * 32_768)
-    assert "batch.tokens=262144 optimizer.learning_rate=0.0001 duration.tokens=..." in ended.said
+    assert (
+        "batch.tokens=262144 optimizer.learning_rate=0.0001 data.sources.0.path=FILE duration.tokens=..." in ended.said
+    )
     ended = shot(lab, "import", "endless", "--context", "32", "--name", "brief")
     assert ended.code == 0 and "--context N" not in ended.said
     recipe = run_recipe(RunDirectory.open(lab / "runs" / "brief"))

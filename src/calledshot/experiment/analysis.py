@@ -284,7 +284,7 @@ class Judge:
         a, b = groups.get((arm, size), ()), groups.get((against, size), ())
         blank = Effect(arm, against, size, seeds=(len(a), len(b)))
         if not a or not b:
-            return replace(blank, reason=f"no finished run of {arm if not a else against}")
+            return replace(blank, reason=f"no result of {arm if not a else against}")
         seen = replace(blank, difference=statistics.fmean(a) - statistics.fmean(b) + shift)
         noise_a, noise_b = self.noise_of(arm, size, a), self.noise_of(against, size, b)
         if noise_a is None or noise_b is None or more is None:

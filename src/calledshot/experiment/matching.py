@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from calledshot.recipe import Cost, Recipe, UsageError, check, cost, difference, from_dict, load_recipe, to_dict
+from calledshot.recipe import Cost, Recipe, UsageError, check, cost, difference, from_dict, load_recipe, shape, to_dict
+from calledshot.recipe.conversion import converted
 from calledshot.recipe.cost import DTYPE_BYTES, activation_bytes
 from calledshot.recipe.load import is_path
 from calledshot.recipe.reading import merge, override, split_overrides
-from calledshot.recipe.schema import Duration
+from calledshot.recipe.schema import Duration, Model
 
 from .suite import OWNED, Arm, Size, Suite
 
@@ -28,6 +29,8 @@ ADJUST: dict[str, tuple[str, ...]] = {
 """Keys that are moved to match where neither suite nor arm names any, in the order in which they are tried."""
 FIXED = ("heads", "kv_heads", "head_width", "context", "encoder_context", "encoder_pooling", "top_k")
 """Sizes of the model that are not moved: they change more than a size."""
+WEIGHTLESS = ("balance_weight", "router_z_loss", "exportable_to")
+"""Keys of the model that its weights do not know of, so that they may change on the way."""
 GRAINS = (8, 1)
 """Widths are tried in multiples of the first, which processors like, then of the second."""
 LARGEST = 1 << 20
@@ -126,7 +129,7 @@ def resolve_size(suite: Suite, size: Size, rates: Rates | None = None) -> Iterat
     found = {reference.name: baseline}
     for arm in suite.arms_at(size):
         if arm is not reference:
-            asked = _asked(suite, size, arm, {"tokens": target.duration.tokens})
+            asked = _asked(suite, size, arm, {"tokens": target.duration.tokens}, found.get(arm.start))
             changed = tuple(key for key, _, _ in difference(target, asked, identity_only=True))
             cell = Cell(arm, size, suite.match_of(arm), asked, None, False, changed, found.get(arm.start))
             found[arm.name] = _matched(suite, cell, baseline, rates or {})
@@ -137,13 +140,19 @@ def _where(suite: Suite, size: Size, arm: Arm) -> str:
     return f"suite {suite.name}, arm {arm.name}, size {size.name}"
 
 
-def _asked(suite: Suite, size: Size, arm: Arm, duration: dict[str, Any]) -> Recipe:
-    """The recipe that the tables and the command line ask for, its length in tokens, before anything is moved."""
+def _asked(suite: Suite, size: Size, arm: Arm, duration: dict[str, Any], start: Cell | None = None) -> Recipe:
+    """The recipe that the tables and the command line ask for, its length in tokens, before anything is moved. An arm
+    that begins with another's run has that one's recipe, and the model that it is converted to."""
     reference, where = suite.recipe, _where(suite, size, arm)
     if is_path(reference):
         reference = str(suite.folder / reference)
-    data = to_dict(load_recipe(reference, checked=False)) | {"name": "", "seed": 0, "duration": duration}
-    for table in (suite.set, size.set, arm.set, arm.at.get(size.name, {})):
+    asked: tuple[dict[str, Any], ...] = (arm.set, arm.at.get(size.name, {}))
+    if start is None:
+        data, asked = to_dict(load_recipe(reference, checked=False)), (suite.set, size.set, *asked)
+    else:
+        data = to_dict(replace(start.recipe, model=_converted(start, arm, where)))
+    data |= {"name": "", "seed": 0, "duration": duration}
+    for table in asked:
         data = merge(data, table)
     pairs = split_overrides(suite.overrides)
     if any(key.split(".")[0] == "duration" for key, _ in pairs):
@@ -153,12 +162,31 @@ def _asked(suite: Suite, size: Size, arm: Arm, duration: dict[str, Any]) -> Reci
             raise UsageError(f"{key}: the suite gives each run its own {key}; --name NAME renames the suite")
         override(data, key, text)
     recipe = from_dict(data, where)
+    if start is not None:
+        _keeps_shape(recipe, _converted(start, arm, where), where)
     tokens = cost(recipe).tokens
     if tokens is None:
         raise UsageError(
             f"{where}: duration.minutes: arms are compared by tokens or FLOPs; match = seconds is for time"
         )
     return recipe if recipe.duration.tokens else replace(recipe, duration=Duration(tokens=tokens))
+
+
+def _converted(start: Cell, arm: Arm, where: str) -> Model:
+    """The model that an arm begins with."""
+    try:
+        return converted(start.recipe.model, arm.convert)
+    except UsageError as error:
+        raise UsageError(f"{where}: convert: {error}") from error
+
+
+def _keeps_shape(recipe: Recipe, made: Model, where: str) -> None:
+    """UsageError where an arm asks for another model than it begins with."""
+    asked = replace(recipe.model, **{key: getattr(made, key) for key in WEIGHTLESS})
+    if shape(asked) != shape(made):
+        before = replace(recipe, model=made)
+        key, value, _ = difference(before, replace(recipe, model=asked))[0]
+        raise UsageError(f"{where}: {key} is {value!r} after `shot convert`: a converted run keeps its shape")
 
 
 def _matched(suite: Suite, cell: Cell, baseline: Cell, rates: Rates) -> Cell:

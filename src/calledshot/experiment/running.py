@@ -41,7 +41,7 @@ class Ran:
 
     plan: Plan
     exit_code: int
-    """0 when every chosen run is done, 1 when one failed, 130 or 143 after an interruption."""
+    """0 when every chosen run is done and answered, 1 when one failed, 130 or 143 after an interruption."""
 
 
 def records(suite: Suite, lab: Path) -> Path:
@@ -90,7 +90,7 @@ def run_suite(
         bench.measure(finished)
         if speed and pool.signal is None:
             bench.measure_speed(plan, finished)
-        failed = any(state(run, lab) != "done" for run in runs)
+        failed = bench.failed or any(state(run, lab) != "done" for run in runs)
         return Ran(make_plan(suite, lab), pool.exit_code or int(failed))
 
 
@@ -100,6 +100,8 @@ class Bench:
     def __init__(self, suite: Suite, lab: Path, pool: Pool, tell: Tell, command: tuple[str, ...]) -> None:
         self.suite, self.lab, self.pool, self.tell, self.command = suite, lab, pool, tell, command
         self.folder = records(suite, lab)
+        self.failed = False
+        """Whether something that was asked of a finished run went wrong."""
 
     def train(self, runs: Sequence[Run], retry: bool) -> None:
         """Trains runs; one that fails does not keep the others from theirs."""
@@ -186,6 +188,7 @@ class Bench:
             if code == 0 and is_run(self.lab / "runs" / job.name):
                 RunDirectory(self.lab / "runs" / job.name).archive()
             elif self.pool.signal is None:
+                self.failed = True
                 self.tell(f"{job.name}: ended with exit code {code}: {last_words(job.log)}")
 
         self.pool.work((self._job(name, ("convert", *line)) for name, line in todo.items()), made)
@@ -260,6 +263,7 @@ class Bench:
             with suppress(OSError, ValueError):
                 return json.loads(job.output.read_bytes())
         if self.pool.signal is None:
+            self.failed = True
             self.tell(f"{job.name}: ended with exit code {code}: {last_words(job.log)}")
         return None
 

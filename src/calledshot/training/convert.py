@@ -13,7 +13,7 @@ from calledshot.data import Tokenizer
 from calledshot.data.hub import download_model
 from calledshot.model import surgery
 from calledshot.model.huggingface import architecture, import_huggingface
-from calledshot.recipe import Recipe, UsageError, check, cost, identity, schema, shape, to_toml
+from calledshot.recipe import Recipe, UsageError, check, conversion, cost, identity, schema, shape, to_toml
 from calledshot.rundir import RunDirectory, atomic_write, is_run
 from calledshot.rundir.drafts import draft_folder
 from calledshot.rundir.files import write_failure
@@ -54,7 +54,7 @@ def upcycle(
         raise UsageError(f"--noise {noise:g}: must be 0 or more")
 
     def change(model: schema.Model) -> schema.Model:
-        return surgery.upcycled_model(
+        return conversion.upcycled_model(
             model, experts=experts, top_k=top_k, dense_layers=dense_layers, renormalize=renormalize
         )
 
@@ -72,7 +72,7 @@ def pool_kv_heads(parent: RunDirectory, step: int | None, lab: Path, name: str, 
     """A run with fewer key heads, each the mean of a group (`surgery.pool_kv_heads`), and a fresh optimizer."""
     return _converted(
         parent, step, lab, name, {"conversion": "kv-heads", "kv_heads": kv_heads},
-        lambda model: surgery.pooled_model(model, kv_heads), surgery.pool_kv_heads, None,
+        lambda model: conversion.pooled_model(model, kv_heads), surgery.pool_kv_heads, None,
     )  # fmt: skip
 
 
@@ -82,25 +82,14 @@ def extend(
     lab: Path,
     name: str,
     context: int,
-    method: surgery.Method | None = None,
+    method: conversion.Method | None = None,
     factor: float | None = None,
 ) -> RunDirectory:
-    """A run that reads more tokens (`surgery.extended_model`), with the same weights and optimizer.
-
-    Without `factor`, `base` takes as many times as the context grows, and an imported `dynamic` its own factor.
-    """
-
-    def change(model: schema.Model) -> schema.Model:
-        own = factor
-        if own is None and method == "base" and model.positions == "rope":
-            own = max(context / model.context, 1.0)
-        elif own is None and model.rope_scaling == "dynamic" and model.context == model.rope_original_context:
-            own = model.rope_factor  # as its configuration has it
-        return surgery.extended_model(model, context, method, own)
-
+    """A run that reads more tokens (`recipe.conversion.extended`), with the same weights and optimizer."""
     settings = {"context": context, "method": method, "factor": factor}
     return _converted(
-        parent, step, lab, name, {"conversion": "extend", **settings}, change,
+        parent, step, lab, name, {"conversion": "extend", **settings},
+        lambda model: conversion.extended(model, context, method, factor),
         lambda model, tensors: dict(tensors), lambda model, tensors: dict(tensors),
     )  # fmt: skip
 
