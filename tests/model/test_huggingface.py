@@ -215,7 +215,7 @@ def test_the_tokenizer_gives_identical_ids(name, tmp_path, tokenizer, transforme
     "change, key",
     [
         ({"softcap": 30.0}, "model.softcap"),
-        ({"qk_norm": False, "heads": 6, "kv_heads": 6, "head_width": 16}, "model.heads"),
+        ({"qk_norm": False, "heads": 6, "kv_heads": 2, "head_width": 16}, "model.heads=4"),
         ({"norm": "layernorm"}, "model.norm"),
         ({"norm_placement": "sandwich"}, "model.norm_placement"),
         ({"feed_forward": "relu2"}, "model.feed_forward"),

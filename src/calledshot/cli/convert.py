@@ -169,7 +169,8 @@ def export(
     directory, named = resolve_checkpoint(run, find_lab())
     if None not in (named, step) and named != step:
         raise UsageError(f"--step {step}: {run} names another step already; write one of the two")
-    name = architecture(run_recipe(directory).model)
+    recipe = run_recipe(directory)
+    name = architecture(recipe.model, recipe)
     loaded = load_model(directory, named if step is None else step)
     tokens = read_counters(directory.checkpoint_path(loaded.step)).tokens
     files = export_huggingface(

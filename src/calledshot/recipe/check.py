@@ -79,6 +79,7 @@ def problems(recipe: Recipe) -> Iterator[str]:
     if bad:
         return
     yield from model_problems(recipe.model, recipe.data.tokenizer)
+    yield from export_problems(recipe)
     yield from objective_problems(recipe)
     yield from length_problems(recipe)
     yield from parallel_problems(recipe)
@@ -128,14 +129,14 @@ def model_problems(model: Model, tokenizer: str) -> Iterator[str]:
             "or set model.head_width"
         )
     elif (head_width := shape(model).head_width) % 2 and model.positions == "rope":
-        yield f"a head's width of {head_width} is odd, and RoPE turns pairs: set model.head_width to an even number"
+        even = f"set an even one, model.head_width={head_width + 1}"
+        yield f"a head's width of {head_width} is odd, and RoPE turns pairs: {even}"
     if heads % model.kv_heads:
         fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         yield f"model.kv_heads = {model.kv_heads} does not divide model.heads = {heads}: take one of {fitting}"
     yield from encoder_problems(model)
     yield from rope_problems(model)
     yield from expert_problems(model) if model.experts else unread(model, EXPERTS, "experts", "set model.experts")
-    yield from export_problems(model)
     if tokenizer == "bpe" and 0 < model.vocabulary < LEAST_VOCABULARY:
         yield (
             f"model.vocabulary = {model.vocabulary} is too small: bytes and special tokens take {LEAST_VOCABULARY}, so "
@@ -201,7 +202,10 @@ def rope_problems(model: Model) -> Iterator[str]:
 def expert_problems(model: Model) -> Iterator[str]:
     """Routers that cannot choose, or cannot learn to."""
     if model.top_k > model.experts:
-        yield f"model.top_k = {model.top_k} is more than model.experts = {model.experts}"
+        yield (
+            f"model.top_k = {model.top_k} is more than model.experts = {model.experts}: set "
+            f"model.top_k={model.experts}, or model.experts={model.top_k}"
+        )
     if model.dense_layers >= model.layers:
         yield (
             f"model.dense_layers = {model.dense_layers} leaves none of model.layers = {model.layers} to the experts: "

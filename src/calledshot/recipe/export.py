@@ -1,12 +1,16 @@
 """Which Hugging Face class computes what a model does, and what would have to change where none does."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import operator
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .derived import shape
 from .errors import UsageError
-from .schema import Model
+from .reading import build, override, plain, split_overrides
+from .schema import Model, Recipe
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -19,6 +23,14 @@ CLASSES = {
 
 T5_FEED_FORWARDS = {"geglu": "gated-gelu", "swiglu": "gated-silu", "gelu": "gelu_new", "relu2": "relu2"}
 """What T5's `feed_forward_proj` calls ours."""
+MOST_CHANGES = 8
+"""Keys that the nearest recipe may change; one that is further away is another recipe."""
+TAKEN = re.compile(r"(\S+) = (\d+) .*: take (?:one of )?(\d[\d, or]*)")
+"""Key, value and the values offered instead, in a problem that offers some."""
+NAMED = re.compile(r"(?:model|objective|batch|parallel)\.[a-z_]+")
+"""Keys in a problem that may be changed; data and duration are the user's own matter."""
+PROPOSED = re.compile(NAMED.pattern + r"=[\w-]+")
+"""Overrides in a problem."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Obstacle:
     reason: str
     """What the class is instead."""
     change: str
-    """The overrides that would remove it."""
+    """The override that would remove it."""
 
 
 def obstacles(model: Model, kind: str) -> list[Obstacle]:
@@ -47,10 +59,11 @@ def obstacles(model: Model, kind: str) -> list[Obstacle]:
     ] + (_heads(model) if kind == "llama" else [])
 
 
-def export_kind(model: Model) -> str:
+def export_kind(model: Model, recipe: Recipe | None = None) -> str:
     """The key in CLASSES of the class that computes the same function.
 
-    UsageError where there is none, with the reasons and with the overrides that give the nearest model that has one.
+    UsageError where there is none, with the reasons and with the overrides that give the nearest recipe that has one;
+    they have to go with the other sections of `recipe`, without one with the defaults.
     """
     if model.topology == "encoder-decoder":
         kinds = ["t5"]
@@ -58,21 +71,75 @@ def export_kind(model: Model) -> str:
         kinds = ["qwen3-moe", "mixtral"] if model.experts else ["qwen3", "llama"]
         if not model.qk_norm:
             kinds.reverse()
-    nearest = min(kinds, key=lambda kind: len(obstacles(model, kind)))
-    if found := obstacles(model, nearest):
-        raise UsageError(f"no Hugging Face class computes this model: {_told(nearest, found)}")
-    return nearest
+    kinds.sort(key=lambda kind: len(obstacles(model, kind)))
+    if not obstacles(model, kinds[0]):
+        return kinds[0]
+    ways = {kind: fewest_changes(replace(recipe or Recipe(), model=model), kind) for kind in kinds}
+    near = min(kinds, key=lambda kind: MOST_CHANGES + 1 if (way := ways[kind]) is None else len(way))
+    raise UsageError(f"no Hugging Face class computes this model: {_told(model, near, ways[near])}")
 
 
-def export_problems(model: Model) -> Iterator[str]:
+def export_problems(recipe: Recipe) -> Iterator[str]:
     """What keeps the model from the class that `exportable_to` asks for."""
-    if model.exportable_to and (found := obstacles(model, model.exportable_to)):
-        yield f"model.exportable_to = {_written(model.exportable_to)}: {_told(model.exportable_to, found)}"
+    if (kind := recipe.model.exportable_to) and obstacles(recipe.model, kind):
+        yield f"model.exportable_to = {kind}: {_told(recipe.model, kind, fewest_changes(recipe, kind))}"
 
 
-def _told(kind: str, found: list[Obstacle]) -> str:
-    reasons = "; ".join(f"{one.found}, but {one.reason}" for one in found)
-    return f"{reasons}. {CLASSES[kind]} fits with {' '.join(one.change for one in found)}"
+def fewest_changes(recipe: Recipe, kind: str) -> tuple[str, ...] | None:
+    """The fewest overrides that make the class hold the recipe's model and give the checker nothing new to refuse; None
+    where it takes more than MOST_CHANGES.
+
+    Breadth first: one change may ask for others (a key that loses its meaning has to go too, a batch has to come out
+    even), so after each the first thing that is wrong is met by every way out that its own line names.
+    """
+    from .check import problems  # which asks this file in turn
+
+    start = replace(recipe, model=replace(recipe.model, exportable_to=""))
+    refused_before = set(problems(start))
+    tried: set[frozenset[str]] = set()
+    queue: deque[tuple[str, ...]] = deque([()])
+    while queue:
+        changes = queue.popleft()
+        changed = _with(start, changes)
+        if found := obstacles(changed.model, kind):
+            ways = [found[0].change]
+        elif new := next((problem for problem in problems(changed) if problem not in refused_before), None):
+            ways = _ways_out(new)
+        else:
+            return changes
+        keys = {change.partition("=")[0] for change in changes}
+        for way in ways:
+            more = frozenset({*changes, way})
+            if len(more) <= MOST_CHANGES and more not in tried and way.partition("=")[0] not in keys:
+                tried.add(more)
+                queue.append((*changes, way))
+    return None
+
+
+def _with(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """As the command line would lay them on it."""
+    data = plain(recipe)
+    for key, text in split_overrides(overrides):
+        override(data, key, text)
+    return build(Recipe, data)
+
+
+def _ways_out(problem: str) -> Iterator[str]:
+    """What may solve a problem, likeliest first: the overrides that its line asks for, each key's default."""
+    if taken := TAKEN.match(problem):
+        key, value, numbers = taken.groups()
+        offered = [int(number) for number in re.findall(r"\d+", numbers)]
+        yield f"{key}={min(reversed(offered), key=lambda number: abs(number - int(value)))}"
+    yield from PROPOSED.findall(problem)
+    for key in NAMED.findall(problem):
+        yield f"{key}={_written(operator.attrgetter(key)(Recipe()))}"
+
+
+def _told(model: Model, kind: str, changes: tuple[str, ...] | None) -> str:
+    reasons = "; ".join(f"{one.found}, but {one.reason}" for one in obstacles(model, kind))
+    if changes is None:
+        return f"{reasons}. No change of {MOST_CHANGES} keys or fewer makes it a {CLASSES[kind]}"
+    return f"{reasons}. {CLASSES[kind]} fits with {' '.join(changes)}"
 
 
 def _demands(model: Model, kind: str) -> Iterator[tuple[str, tuple[Any, ...], str]]:
@@ -123,11 +190,12 @@ def _heads(model: Model) -> list[Obstacle]:
         return []
     divisors = [number for number in range(1, model.heads) if model.width % number == 0]
     grouped = [number for number in divisors if number % model.kv_heads == 0]
-    change = f"model.heads={grouped[-1]}" if grouped else f"model.heads={divisors[-1]} model.kv_heads={divisors[-1]}"
     reason = f"its heads divide the width ({model.width})"
-    return [Obstacle(f"model.heads = {model.heads}", reason, change)]
+    return [Obstacle(f"model.heads = {model.heads}", reason, f"model.heads={(grouped or divisors)[-1]}")]
 
 
 def _written(value: Any) -> str:
     """As on the command line."""
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

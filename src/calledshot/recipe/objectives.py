@@ -91,8 +91,8 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
     two = model.topology == "encoder-decoder"
     if two and "causal" in kinds:
         yield (
-            f"objective.kind = {objective.kind!r} has causal text, which gives an encoder nothing to read: choose "
-            "prefix, span, ul2, ul2r or a mixture of span and prefix"
+            f"objective.kind = {objective.kind!r} has causal text, which gives an encoder nothing to read: set "
+            "objective.kind=span, or choose prefix, ul2, ul2r or a mixture of span and prefix"
         )
     shortest = min(model.context, model.encoder_context or model.context) if two else model.context
     shortest -= model.encoder_pooling - 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from calledshot.model.huggingface.configs import written_config
 from calledshot.model.huggingface.files import SHARD_BYTES, replace_model, to_json, write_weights
 from calledshot.model.huggingface.layouts import to_huggingface
-from calledshot.recipe import UsageError, schema, shape
+from calledshot.recipe import Recipe, UsageError, schema, shape
 from calledshot.recipe.export import CLASSES, export_kind
 from calledshot.rundir import atomic_write
 from calledshot.rundir.drafts import draft_folder
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from calledshot.data import Tokenizer
 
 
-def architecture(config: schema.Model) -> str:
-    """The class in `transformers` that computes the same function. UsageError with the reason where there is none."""
-    return CLASSES[export_kind(config)]
+def architecture(config: schema.Model, recipe: Recipe | None = None) -> str:
+    """The class in `transformers` that computes the same function. UsageError where there is none, with the reason and
+    with what would fit, in a run of this `recipe` where one is given."""
+    return CLASSES[export_kind(config, recipe)]
 
 
 def export_huggingface(
