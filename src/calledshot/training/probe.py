@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ COMPILE_PAYS_SECONDS = 90.0
 """Uncompiled training that takes less than this is not worth compiling: that alone takes 10 to 45 s on two cores."""
 BFLOAT16_PAYS = 1.3
 """bfloat16 is taken where its matmuls are so many times quicker than float32's."""
+PROBES = 9
+"""Pairs of matmuls that are timed for that."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,10 @@ def micro_tokens(recipe: Recipe, device: torch.device) -> int:
     return best * row
 
 
-def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
     work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return time.perf_counter() - start
 
 
 def _dtype(device: torch.device) -> str:
@@ -94,9 +93,12 @@ def _dtype(device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     wide = torch.randn(1024, 1024)
     narrow = wide.bfloat16()
-    return (
-        "bfloat16" if _seconds(lambda: wide @ wide) > BFLOAT16_PAYS * _seconds(lambda: narrow @ narrow) else "float32"
-    )
+    products = (lambda: wide @ wide), (lambda: narrow @ narrow)
+    for product in products:
+        product()
+    # In turns: beside other work the fastest of either type alone can be off by half (2 of 30 runs took float32 so).
+    ratios = [_seconds(products[0]) / _seconds(products[1]) for _ in range(PROBES)]
+    return "bfloat16" if statistics.median(ratios) > BFLOAT16_PAYS else "float32"
 
 
 def has_compiler() -> bool:
