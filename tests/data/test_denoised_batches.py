@@ -16,6 +16,8 @@ A = Source(path="a.jsonl", language_field="lang")
 B = Source(path="b.jsonl", weight=2)
 TOPOLOGIES = {"decoder": {}, "prefix": {}, "encoder-decoder": {"encoder_context": 96}}
 KINDS = ("prefix", "span", "ul2", "ul2r")
+RATIOS = {"1:1": 64, "2:1": 128, "3:1": 192, "1:2": 32, "16:1": 1024}
+"""Positions of an encoder beside a decoder's 64."""
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,11 @@ def lab(tmp_path_factory):
     return path
 
 
-def recipe(*sources, kind="ul2", topology="decoder", rows=4, steps=10, seed=0, **objective):
+def recipe(*sources, kind="ul2", topology="decoder", rows=4, steps=10, seed=0, encoder_context=None, **objective):
     plain = recipe_for(*sources, context=64, rows=rows, steps=steps, seed=seed)
     model = replace(plain.model, topology=topology, **TOPOLOGIES[topology])
+    if encoder_context is not None:
+        model = replace(model, encoder_context=encoder_context)
     tokens = rows * (64 + model.encoder_context)
     asked = Objective(kind=kind, **objective)
     duration = replace(plain.duration, tokens=steps * tokens)
@@ -69,10 +73,13 @@ def text_of(batch, row, piece, tokenizer):
     return [text for token in inputs for text in spans.get(token, [token])]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_pass_has_every_token_once(lab, kind, topology):
-    batches = made(lab, B, kind=kind, topology=topology, rows=1)
+@pytest.mark.parametrize(
+    ("kind", "topology", "encoder_context"),
+    [(kind, topology, None) for kind in KINDS for topology in TOPOLOGIES]
+    + [(kind, "encoder-decoder", size) for kind in ("prefix", "ul2r") for size in RATIOS.values()],
+)
+def test_every_pass_has_every_token_once(lab, kind, topology, encoder_context):
+    batches = made(lab, B, kind=kind, topology=topology, rows=1, encoder_context=encoder_context)
     tokenizer, step = batches.prepared.tokenizer, 0
     documents = {}
     for shard in batches.prepared.sources[0].train.shards:
@@ -96,6 +103,40 @@ def test_every_pass_has_every_token_once(lab, kind, topology):
             covered[name][start : start + pairs] += count
         assert all((counts == 1).all() for counts in covered.values())
     assert batches.progress(step) == {"b": 3.0}
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kind", ["prefix", "mixture", "ul2", "ul2r"])
+def test_prefixes_keep_their_rate_and_are_uniform_whatever_the_stacks(lab, kind, ratio):
+    own = (Denoiser("prefix", weight=2, mode="S"), Denoiser("span", rate=0.3))
+    options = {"denoisers": own} if kind == "mixture" else {}
+    options |= {"rows": 40, "topology": "encoder-decoder", "encoder_context": RATIOS[ratio]}
+    batches = made(lab, A, B, kind=kind, **options)
+    (asked,) = (one for one in batches.denoising.denoisers if one.kind == "prefix")
+    mode = batches.prepared.tokenizer.special["<|S|>"] if asked.mode else None
+    places, targets, expected, step = [], 0, 0.0, 0
+    chance = np.random.default_rng(0)
+    while len(places) < 2500:
+        batch = batches.batch(step)
+        step += 1
+        for row, read in enumerate(batch.encoded.documents):
+            inputs, outputs = (np.bincount(all_of[all_of >= 0]) for all_of in (read, batch.documents[row]))
+            first = batch.encoded.inputs[row, (batch.encoded.positions[row] == 0) & (read >= 0)]
+            for piece in np.flatnonzero(first == mode) if asked.mode else range(len(first)):
+                given, ids = (
+                    int(inputs[piece]) - bool(asked.mode),
+                    int(inputs[piece] + outputs[piece]) - bool(asked.mode),
+                )
+                least = max(1, round((1 - 2 * asked.rate) * (ids - 1)))
+                targets += ids - given
+                expected += ids - (least + ids - 1) / 2
+                if ids > 8:
+                    places.append((given - least + chance.random()) / (ids - least))
+    assert targets / expected == pytest.approx(1, abs=0.01)
+    fifth = len(places) / 5
+    # The two of a couple are each other's mirror image: up to sqrt(2) times a fifth's own deviation.
+    deviation = np.sqrt(2 * 0.8 * fifth)
+    assert np.histogram(places, 5, (0, 1))[0] == pytest.approx(np.full(5, fifth), abs=4 * deviation)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calledshot.objective import Denoising, Examples, Frame, Specials, causal, lay_out
-from calledshot.recipe.objectives import CAUSAL, PREFIX, UL2, UL2R
+from calledshot.recipe.objectives import CAUSAL, PREFIX, SHORTEST_CONTEXT, UL2, UL2R
 from calledshot.recipe.schema import Denoiser
 
 BEGIN, END, PAD = 1, 2, 3
@@ -36,17 +36,18 @@ def drawn_rows(denoising, rng, rows=4):
     """Rows filled at random: pieces of distinct ids, some beginning and some ending their document."""
     pieces, tasks, unused = [], [], iter(range(TEXT, 10**7))
     for _ in range(rows):
-        room = denoising.frame.capacity
+        lasts: list[bool] = []
         pieces.append([])
         tasks.append([])
         for _ in range(40):
             task = int(rng.integers(len(denoising.denoisers)))
             pairs = int(rng.integers(1, denoising.cuts[task] + 1) ** rng.choice([1, 0.6]))
             last = bool(rng.integers(2)) and pairs > 1
-            takes = int(denoising.places(np.array([task]), np.array([pairs]), np.array([last]))[0])
-            if takes > room and pieces[-1]:
+            sizes = [len(piece) - 1 for piece in pieces[-1]] + [pairs]
+            _, _, places = denoising.units(np.array([*tasks[-1], task]), np.array(sizes), np.array([*lasts, last]))
+            if places.sum() > denoising.frame.capacity and pieces[-1]:
                 continue
-            room -= takes
+            lasts.append(last)
             ids = [next(unused) for _ in range(pairs + 1)]
             if rng.integers(2):
                 ids[0] = BEGIN
@@ -238,6 +239,38 @@ def test_prefixes_that_share_an_encoder_fit_and_stay_uniform():
         lengths = (batch.encoded.documents == piece).sum(axis=1)
         # 100 in each eighth, standard deviation 9.4.
         assert all(abs(count - 100) < 48 for count in np.histogram(lengths, 8, (0.5, 511.5))[0])
+
+
+def test_units_fit_in_any_company():
+    rng = np.random.default_rng(0)
+    for encoder_context, context in ((96, 96), (192, 96), (96, 192), (640, 40)):
+        denoising = Denoising((*UL2R, Denoiser("prefix")), Frame("encoder-decoder", context, encoder_context, SPECIALS))
+        tasks = rng.integers(len(denoising.denoisers), size=3000)
+        pairs = 1 + (rng.random(3000) * denoising.cuts[tasks]).astype(int)
+        order, counts, places = denoising.units(tasks, pairs, np.zeros(3000, bool))
+        assert sorted(order.tolist()) == list(range(3000)) and set(counts.tolist()) == {1, 2}
+        units = np.split(order, np.cumsum(counts)[:-1])
+        rows, room = [[]], denoising.frame.capacity
+        for unit in rng.permutation(len(units)):
+            if places[unit] > room:
+                rows.append([])
+                room = denoising.frame.capacity
+            rows[-1] += units[unit].tolist()
+            room -= int(places[unit])
+        texts = [[np.arange(TEXT, TEXT + pairs[piece] + 1) for piece in row] for row in rows]
+        for seed in range(3):
+            keys = range(seed * len(rows), (seed + 1) * len(rows))
+            # It raises ValueError where a row overflows.
+            batch = denoising.batch(texts, [tasks[row] for row in rows], keys, [0] * len(rows))
+            assert [row.max() + 1 for row in batch.documents] == [len(row) for row in rows]
+
+
+@pytest.mark.parametrize("pooling", [1, 2, 4, 8])
+def test_the_shortest_encoder_that_a_recipe_may_have_holds_a_couple(pooling):
+    encoder_context = SHORTEST_CONTEXT + 2 * (pooling - 1)
+    for mixture in (UL2, PREFIX):
+        denoising = Denoising(mixture, Frame("encoder-decoder", SHORTEST_CONTEXT, encoder_context, SPECIALS, pooling))
+        assert denoising.cuts.min() >= 1
 
 
 def test_where_an_encoder_pools_documents_begin_at_multiples():

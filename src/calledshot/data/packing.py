@@ -37,6 +37,9 @@ class Fitting:
     """The task of pieces, from the numbers of their documents and their own within them; None where there is one."""
     smallest: int = 1
     """Places of the smallest piece: a row with fewer left is full."""
+    units: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+    """(order, counts, places) of pieces that share a row whole: `order` has those of a unit together, `counts` says how
+    many each unit has, `places` what it takes, 1 to `capacity`. None where each piece is one."""
 
 
 def pairs_fitting(pairs: int) -> Fitting:
@@ -133,6 +136,11 @@ def cut(pairs: np.ndarray, first: int, fitting: Fitting) -> np.ndarray:
 
 
 def _window(pieces: np.ndarray, fitting: Fitting) -> tuple[np.ndarray, np.ndarray]:
-    rows = best_fit(fitting.places(pieces), fitting.capacity)
+    if fitting.units is None:
+        rows = best_fit(fitting.places(pieces), fitting.capacity)
+    else:
+        order, counts, places = fitting.units(pieces)
+        units = np.split(order, np.cumsum(counts)[:-1])
+        rows = [np.concatenate([units[unit] for unit in row]) for row in best_fit(places, fitting.capacity)]
     counts = np.fromiter(map(len, rows), np.int64, len(rows))
     return pieces[np.concatenate([np.asarray(row, np.int64) for row in rows])], counts

@@ -90,6 +90,7 @@ def fitting_of(denoising: Denoising, variant: int = 0) -> Fitting:
         lambda pieces: denoising.places(pieces["task"], pieces["pairs"], pieces["last"]),
         partial(denoising.choose, variant=variant) if len(tasks) > 1 else None,
         int(denoising.places(tasks, one, one.astype(bool)).min()),
+        lambda pieces: denoising.units(pieces["task"], pieces["pairs"], pieces["last"]),
     )
 
 

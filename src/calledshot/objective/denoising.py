@@ -77,6 +77,16 @@ def _sums(values: np.ndarray, firsts: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, firsts).astype(np.int64) if len(firsts) else np.zeros(0, np.int64)
 
 
+def _couples(spare: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64: the longer and the shorter piece of each couple: in each row the prefixes by how much they have to spare,
+    the first with the second, the third with the fourth; the last of an odd number stays alone."""
+    order = np.lexsort((-spare, rows))
+    order = order[spare[order] >= 0]
+    ranks = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])
+    shorter = np.flatnonzero(ranks % 2)
+    return order[shorter - 1], order[shorter]
+
+
 @dataclass(frozen=True)
 class Denoising:
     """A mixture of denoisers in one topology: how long their pieces are, and what becomes of them.
@@ -87,11 +97,15 @@ class Denoising:
 
     - `causal`: all but the first id are targets.
     - `prefix`: of n ids the first s are inputs, s uniform from max(1, round((1 - 2 rate) (n - 1))) to n - 1 (T5's
-      random_prefix_noise_mask).
+      random_prefix_noise_mask), whatever else is in the row.
     - `span`: the first id stays and the others are corrupted (`span_counts`, `span_mask`), which T5 does with the first
       one too; the document's end token, where the piece has it, is left out, since the targets have one of their own.
       With `roll` the corruption is rotated by any number of tokens; a run that this parts in two gets two sentinels,
       where T5's code gives the targets one fewer than the inputs.
+
+    An encoder and a decoder are filled by pieces whose splits are drawn only when a batch is, and have to hold any that
+    may be. So prefixes share rows as couples: where the longer one's split is early in its range, the other's is late
+    in its own by as much. Each split is uniform, and what the two take of either stack is known before they are drawn.
 
     The sentinels never run out: a piece is cut where it would need more than there are.
     """
@@ -110,7 +124,14 @@ class Denoising:
         """A hash of all that decides how long pieces are and which denoiser each is for."""
         frame = [self.frame.context, self.frame.encoder_context, len(self.frame.specials.sentinels), self.frame.pooling]
         parts = [[one.kind, one.weight, one.rate, one.mean_span, one.roll, bool(one.mode)] for one in self.denoisers]
+        # Rows of plans that were packed before there were couples may overflow.
+        parts += [["couples"]] if self.coupled else []
         return hashlib.sha256(json.dumps([frame, parts, self.cuts.tolist()]).encode()).hexdigest()
+
+    @property
+    def coupled(self) -> bool:
+        """Whether prefixes are packed as couples: where there is an encoder."""
+        return bool(self.frame.encoder_context) and any(one.kind == "prefix" for one in self.denoisers)
 
     @property
     def variants(self) -> int:
@@ -133,33 +154,56 @@ class Denoising:
         """(J,) int64: pairs of the longest piece of each denoiser.
 
         That is the longest which fits in a row whatever chance says, or one up to `SHORTENED` shorter where more of
-        them then fill a row.
+        them then fill a row. Of coupled prefixes two have to fit.
         """
         pairs = np.arange(1, self.frame.positions + 1)
-        last = np.zeros(len(pairs), bool)
         cuts = []
         for number in range(len(self.denoisers)):
             tasks = np.full(len(pairs), number)
-            low, high = self._splits(tasks, pairs + 1)
-            fits = self.frame.fits(*self._sizes(tasks, pairs, last, high if self.frame.encoder_context else low, low))
+            inputs, targets = self._largest(tasks, pairs)
+            fits = self.frame.fits(inputs, targets)
             fits &= self._runs(tasks, pairs)[1] <= len(self.frame.specials.sentinels)
             longest = int(pairs[fits].max())
-            near = pairs[longest - int(longest * SHORTENED) - 1 : longest]
-            in_a_row = self.frame.capacity // self.places(tasks[: len(near)], near, last[: len(near)])
-            cuts.append(int(near[len(near) - 1 - np.argmax((in_a_row * near)[::-1])]))
+            near = slice(longest - int(longest * SHORTENED) - 1, longest)
+            in_a_row = self.frame.capacity // self.frame.places(inputs[near], targets[near])
+            cuts.append(int(pairs[near][::-1][np.argmax((in_a_row * pairs[near])[::-1])]))
         return np.array(cuts, np.int64)
 
     def places(self, tasks: np.ndarray, pairs: np.ndarray, last: np.ndarray) -> np.ndarray:
         """int64 (P,): room that pieces of so many pairs take of a row's `frame.capacity`.
 
-        `last` (P,) says which pieces end their document. A prefix counts as its mean length where its length matters,
-        for an encoder: `batch` sees to it that a row's prefixes fit together.
+        `last` (P,) says which pieces end their document. A coupled prefix counts as its mean length, about half of what
+        it takes with another as long; `units` has what couples take.
         """
         low, high = self._splits(tasks, pairs + 1)
-        if not self.frame.encoder_context:
+        if not self.coupled:
             return self.frame.places(*self._sizes(tasks, pairs, last, low, low))
         middle = (low + high) // 2
         return self.frame.places(*self._sizes(tasks, pairs, last, low + high - middle, middle))
+
+    def units(
+        self, tasks: np.ndarray, pairs: np.ndarray, last: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(order, counts, places) of the U units of pieces, couples of prefixes and single ones, that share a row.
+
+        `order` int64 (P,) are the pieces, those of a unit together, `counts` (U,) how many a unit has, and `places`
+        (U,) what room it takes of a row's `frame.capacity`. Units whose places add up to no more fit in a row: `batch`
+        couples all prefixes of a row by their length, and no other couples take less.
+        """
+        each = np.arange(len(tasks))
+        if not self.coupled:
+            return each, np.ones_like(each), self.places(tasks, pairs, last)
+        low, high = self._splits(tasks, pairs + 1)
+        longer, shorter = _couples(self._spare(tasks, pairs), np.zeros_like(tasks))
+        unit, second = each.copy(), np.zeros(len(tasks), bool)
+        unit[shorter], second[shorter] = longer, True
+        order = np.lexsort((second, unit))
+        firsts = np.flatnonzero(~second[order])
+        # The longer may take all that it can of either stack; the shorter then takes the least that it can.
+        given, kept = np.where(second, low, high), np.where(second, high, low)
+        inputs, targets = self._sizes(tasks, pairs, last, given, kept)
+        inputs, targets = _sums(inputs[order] + self.frame.aside, firsts), _sums(targets[order], firsts)
+        return order, np.diff(firsts, append=len(order)), self.frame.places(inputs - self.frame.aside, targets)
 
     def filled(self, tasks: np.ndarray, pairs: np.ndarray, last: np.ndarray) -> np.ndarray:
         """int64 (P,): positions that such pieces take; of rotated spans, as many as they may."""
@@ -196,7 +240,7 @@ class Denoising:
         pairs = lengths - 1
         lengths = lengths - closed
         within = ranges(np.zeros_like(lengths), lengths)
-        taken = within >= np.repeat(self._choose_splits(task, pairs, closed, counts, chance), lengths)
+        taken = within >= np.repeat(self._choose_splits(task, pairs, counts, chance), lengths)
         corrupted = np.repeat(spanned, lengths) & (within > 0)
         taken[corrupted] = self._corrupt(task[spanned], lengths[spanned] - 1, chance[spanned], numbers[corrupted])
         modes = np.array([self.frame.specials.modes.get(one.mode, -1) for one in self.denoisers], np.int64)[task]
@@ -212,37 +256,24 @@ class Denoising:
         return roll(mask, lengths, turns) if turns.any() else mask
 
     def _choose_splits(
-        self, tasks: np.ndarray, pairs: np.ndarray, closed: np.ndarray, counts: np.ndarray, chance: np.ndarray
+        self, tasks: np.ndarray, pairs: np.ndarray, counts: np.ndarray, chance: np.ndarray
     ) -> np.ndarray:
-        """int64 (P,): ids that are inputs, of the pieces whose kind is `prefix` or `causal`.
-
-        With an encoder the prefixes of a row must fit together. They are drawn one after the other, each uniformly from
-        the lengths that leave the others room: two pieces that fill their row get each other's complement, and each of
-        them any length with the same chance.
-        """
+        """int64 (P,): ids that are inputs, of the pieces whose kind is `prefix` or `causal`."""
         low, high = self._splits(tasks, pairs + 1)
-        splits = low + (chance * (high - low + 1)).astype(np.int64)
-        if not self.frame.encoder_context:
-            return splits
-        inputs, targets = self._sizes(tasks, pairs, closed, low, low)
-        stop = 0
-        for count in counts.tolist():
-            row = slice(stop, stop + count)
-            stop += count
-            # The sum of the prefixes beyond their shortest may be from `least` to `most`.
-            most = self.frame.encoder_context - int(inputs[row].sum()) - count * self.frame.aside
-            least = int(targets[row].sum()) - self.frame.context
-            spare = np.where(self._column("kind", tasks[row]) == "prefix", high[row] - low[row], 0).tolist()
-            left = sum(spare)
-            for place, room in enumerate(spare):
-                if room:
-                    left -= room
-                    shortest, longest = max(0, least - left), min(room, most)
-                    drawn = shortest + int(chance[row][place] * (longest - shortest + 1))
-                    splits[row.start + place] = low[row.start + place] + drawn
-                    most -= drawn
-                    least -= drawn
+        if not self.coupled:
+            return low + (chance * (high - low + 1)).astype(np.int64)
+        longer, shorter = _couples(self._spare(tasks, pairs), np.repeat(np.arange(len(counts)), counts))
+        shared = chance.copy()
+        shared[shorter] = chance[longer]
+        beyond = (shared * (high - low + 1)).astype(np.int64)
+        splits = low + beyond
+        splits[shorter] = (high - beyond)[shorter]
         return splits
+
+    def _spare(self, tasks: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """int64 (P,): ids of a prefix that are inputs or targets as chance says; -1 for other kinds."""
+        low, high = self._splits(tasks, pairs + 1)
+        return np.where(self._column("kind", tasks) == "prefix", high - low, -1)
 
     def _column(self, name: str, tasks: np.ndarray) -> np.ndarray:
         """A key of the denoiser of each piece."""
@@ -260,6 +291,17 @@ class Denoising:
         taken, spans = span_counts(lengths, self._column("rate", tasks), self._column("mean_span", tasks))
         corrupted = self._column("kind", tasks) == "span"
         return taken, np.where(corrupted, spans + self._column("roll", tasks), 0)
+
+    def _largest(self, tasks: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) that a row has to hold for a piece of so many pairs, or for the couple that two make."""
+        low, high = self._splits(tasks, pairs + 1)
+        last = np.zeros(len(tasks), bool)
+        if not self.frame.encoder_context:
+            return self._sizes(tasks, pairs, last, low, low)
+        inputs, targets = self._sizes(tasks, pairs, last, high, low)
+        least_inputs, least_targets = self._sizes(tasks, pairs, last, low, high)
+        second = self._spare(tasks, pairs) >= 0
+        return inputs + second * (least_inputs + self.frame.aside), targets + second * least_targets
 
     def _sizes(
         self, tasks: np.ndarray, pairs: np.ndarray, last: np.ndarray, given: np.ndarray, kept: np.ndarray

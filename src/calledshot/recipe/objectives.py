@@ -95,7 +95,8 @@ def objective_problems(recipe: Recipe) -> Iterator[str]:
             "objective.kind=span, or choose prefix, ul2, ul2r or a mixture of span and prefix"
         )
     shortest = min(model.context, model.encoder_context or model.context) if two else model.context
-    shortest -= model.encoder_pooling - 1
+    # Prefixes are packed two together.
+    shortest -= (model.encoder_pooling - 1) * (2 if "prefix" in kinds else 1)
     if kinds != {"causal"} and shortest < SHORTEST_CONTEXT:
         yield f"a context of {shortest} is too short for {objective.kind}: take {SHORTEST_CONTEXT} or more"
 
