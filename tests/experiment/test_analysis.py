@@ -71,8 +71,8 @@ def test_without_a_second_seed_there_are_no_verdicts():
 
 
 def test_a_win_by_tokens_that_the_clock_takes_back():
-    """Better by 0.05 at the same tokens, and twice as slow: in that time the baseline gains up to 0.2 ln 2 = 0.139, and
-    half of that at least. What is better by 0.1 lies between: there is no telling."""
+    """Better by 0.05 at the same tokens, and twice as slow: in that time the baseline gains up to 0.2 ln 2 = 0.208, and
+    half of 0.139 at least. What is better by 0.1 lies between: there is no telling."""
     truths = {
         "base": Truth(1.5), "slow": Truth(1.45, rate=5_000), "even": Truth(1.4, rate=5_000),
         "worthwhile": Truth(1.2, rate=5_000),
@@ -82,7 +82,7 @@ def test_a_win_by_tokens_that_the_clock_takes_back():
     assert found.effect("slow", "S").verdict == BETTER
     budget = found.by_seconds["slow", "S"]
     assert budget.ratio == pytest.approx(2, rel=0.03)
-    assert budget.effect.difference == pytest.approx(-0.05 + 0.75 * GAIN * math.log(2), abs=4 * SIGMA)
+    assert budget.effect.difference == pytest.approx(-0.05 + GAIN * math.log(2), abs=4 * SIGMA)
     assert budget.effect.verdict == WORSE
     even = found.by_seconds["even", "S"].effect
     assert even.verdict == NOISE and even.low < -0.1 + 0.5 * GAIN * math.log(2) and even.high > 0.03

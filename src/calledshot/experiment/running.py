@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -128,16 +129,15 @@ class Bench:
     def measure_speed(self, plan: Plan, finished: Sequence[Run]) -> None:
         """Trains the short runs of every cell that has a finished run, computing as that one did but with all cores;
         what is known is not measured again."""
-        cells: dict[tuple[str, str], Run] = {}
+        cells: dict[tuple[str, str], list[RunDirectory]] = {}
         for run in finished:
-            cells.setdefault((run.cell.arm.name, run.cell.size.name), run)
-        todo = []
-        for run in plan.speed_runs:
-            counted = cells.get((run.cell.arm.name, run.cell.size.name))
-            if counted and state(run, self.lab) != "done":
-                todo.append(
-                    replace(run, cell=computing_alike(run.cell, RunDirectory(self.lab / "runs" / counted.name)))
-                )
+            directory = RunDirectory(self.lab / "runs" / run.name)
+            cells.setdefault((run.cell.arm.name, run.cell.size.name), []).append(directory)
+        todo = [
+            replace(run, cell=computing_alike(run.cell, counted))
+            for run in plan.speed_runs
+            if (counted := cells.get((run.cell.arm.name, run.cell.size.name))) and state(run, self.lab) != "done"
+        ]
         if todo:
             self.tell(f"{self.suite.name}: speeds are measured, one at a time; --no-speed leaves that out")
             self.train_alone(todo)
@@ -272,17 +272,20 @@ class Bench:
             rows.append({"run": run.name, "measure": measure, "value": value})
 
 
-def computing_alike(cell: Cell, run: RunDirectory) -> Cell:
-    """The cell with what a run of it found out about the machine, which a shorter one might not."""
-    machines = list((run.load("probes").get("machines") or {}).values())
-    if not machines:
+def computing_alike(cell: Cell, runs: Sequence[RunDirectory]) -> Cell:
+    """The cell with what most of its runs found out about the machine, which a shorter one might not."""
+    machines = [list((run.load("probes").get("machines") or {}).values())[-1:] for run in runs]
+    settings = [
+        tuple(one.get(key) for key in ("dtype", "compile", "micro_tokens")) for (one,) in filter(None, machines)
+    ]
+    if not settings:
         return cell
-    found, asked = machines[-1], cell.recipe.parallel
+    (dtype, compiled, micro_tokens), asked = Counter(settings).most_common(1)[0][0], cell.recipe.parallel
     parallel = replace(
         asked,
-        dtype=found.get("dtype", asked.dtype),
-        compile={True: "on", False: "off"}.get(found.get("compile"), asked.compile),
-        micro_tokens=found.get("micro_tokens", asked.micro_tokens),
+        dtype=dtype or asked.dtype,
+        compile={True: "on", False: "off"}.get(compiled, asked.compile),
+        micro_tokens=micro_tokens or asked.micro_tokens,
     )
     return replace(cell, recipe=replace(cell.recipe, parallel=parallel))
 
