@@ -297,3 +297,14 @@ def test_a_question_that_cannot_be_asked_fails_the_suite(lab):
     assert ran.exit_code == 1
     assert sum("there is no such question" in line for line in said) == 2
     assert make_report(ran.plan, lab).analysis.effect("good", "S").reason == "no result of good"
+
+
+def test_a_cells_speed_is_measured_as_most_of_its_runs_computed(lab):
+    asked = suite(ARMS[0], seeds="[0, 1, 2]")
+    run_suite(asked, lab, speed=False, command=TRAINER)
+    for seed, dtype in enumerate(("float32", "bfloat16", "bfloat16")):  # the first was disturbed when it probed
+        probes = {"machines": {"cpu": {"dtype": dtype, "compile": True, "threads": 1, "micro_tokens": 512}}}
+        (lab / "runs" / f"planted-base-S-s{seed}" / "probes.json").write_text(json.dumps(probes))
+    run_suite(asked, lab, command=TRAINER)
+    recipe = tomllib.loads(RunDirectory(lab / "runs" / "planted-base-S-speed-1").recipe_toml())
+    assert recipe["parallel"]["dtype"] == "bfloat16"
