@@ -51,7 +51,7 @@ def shared(ranks: int, key: str) -> Case:
 
 AXES: dict[str, dict[str, Case]] = {
     "parameters": {
-        show_count(cost(replace(MIDDLE, overrides=keys).recipe()).parameters.total): replace(MIDDLE, overrides=keys)
+        f"{cost(replace(MIDDLE, overrides=keys).recipe()).parameters.total / 1e6:.2g}M": replace(MIDDLE, overrides=keys)
         for keys in (sized(128, 4), sized(256, 6), sized(384, 8), sized(512, 12), sized(768, 12))
     },
     "context": {str(context): long(context) for context in (128, 256, 512, 1024, 2048, 4096)},
@@ -172,7 +172,7 @@ def picture(found: dict[str, list[Point]]) -> str:
             for power in range(low, high + 1, max(1, (high - low) // 4)):
                 y = at(0, 2.0**power).split(",")[1]
                 parts.append(f'<path d="M{x0 + LEFT} {y}H{x0 + WIDE}" stroke="#ddd"/>')
-                parts.append(f'<text x="{x0 + LEFT - 4}" y="{y}" dy="4" text-anchor="end">{2.0**power:.3g}</text>')
+                parts.append(f'<text x="{x0 + LEFT - 4}" y="{y}" dy="4" text-anchor="end">{2.0**power:,g}</text>')
             line = " ".join(at(place, foreseen) for place, (_, foreseen) in enumerate(pairs))
             parts.append(f'<polyline points="{line}" fill="none" stroke="#999" stroke-dasharray="4 3"/>')
             for place, (measured, _) in enumerate(pairs):
