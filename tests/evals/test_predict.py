@@ -62,5 +62,5 @@ def test_an_encoder_decoder_is_asked_for_suffixes(runs):
     auto, suffixes = (evaluate(run, predict=predict).scored["prose"] for predict in ("auto", "suffixes"))
     assert np.array_equal(auto.nats, suffixes.nats)
     assert evaluate(run).kind == "held-out-suffixes" and evaluate(runs["decoder", "causal"]).kind == "held-out"
-    with pytest.raises(UsageError, match="held-out loss is of suffixes"):
+    with pytest.raises(UsageError, match="take --predict suffixes"):
         evaluate(run, predict="whole")

@@ -1,5 +1,7 @@
 """Completions and conversations in text."""
 
+import signal
+
 import pytest
 
 from calledshot.model import Request, Sampling, generate
@@ -98,3 +100,23 @@ def test_lines_are_turns_and_commands_are_not(decoder, tokenizer):
     assert len(told) == 2 and "/wrong" in told[1]
     assert "".join(shown).count("\n") >= 3
     assert isinstance(talk.messages[0], Message)
+
+
+class Dying:
+    """What Python cleans up at the moment at which Ctrl-C is pressed: an exception in there goes nowhere."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_heeded_at_whatever_moment_it_comes(decoder, tokenizer):
+    before, shown = signal.getsignal(signal.SIGINT), []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        Dying()
+
+    talk = conversation(decoder, tokenizer, tokens=2_000)
+    talk.say("def ", show)
+    assert len(shown) == 1 and talk.messages[1].text == shown[0]
+    assert signal.getsignal(signal.SIGINT) is before

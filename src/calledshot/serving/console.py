@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -29,9 +31,10 @@ def write(
     stop: Sequence[str] = (),
     show: Callable[[int, str], None] = lambda number, text: None,
     banned: Collection[int] = (),
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Written]:
-    """Complete requests together, without the tokens in `banned`. `show` gets each one's text piece by piece, with its
-    number, as it comes."""
+    """Complete requests together, without the tokens in `banned`, until `interrupted`. `show` gets each one's text
+    piece by piece, with its number, as it comes."""
     if "" in stop:
         raise UsageError("--stop '': an empty text would end everything before it begins")
     decoding = Decoding(model, tokenizer.size, banned)
@@ -41,6 +44,8 @@ def write(
     streams = [TextStream(tokenizer, stop, request.prompt[-4:]) for request in requests]
     written = [Written() for _ in requests]
     for _ in steps(decoding, completions):
+        if interrupted():
+            break
         for number, (one, completion, stream) in enumerate(zip(written, completions, streams, strict=True)):
             if one.finish:
                 continue
@@ -56,6 +61,28 @@ def write(
             if text:
                 show(number, text)
     return written
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Says whether Ctrl-C was pressed in here; a second one is a KeyboardInterrupt. The exception alone would not do:
+    one that comes while Python cleans up an object is lost, and the answer goes on."""
+    pressed = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        del number, frame
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass
@@ -75,7 +102,7 @@ class Conversation:
     answers: int = 0
 
     def say(self, text: str, show: Callable[[str], None]) -> int:
-        """Take a turn of the user's and answer it, piece by piece to `show`; KeyboardInterrupt ends the answer early.
+        """Take a turn of the user's and answer it, piece by piece to `show`; Ctrl-C ends the answer early.
 
         Gives the number of old messages that had to be forgotten. UsageError, with nothing changed, when the text alone
         does not fit the context.
@@ -100,8 +127,8 @@ class Conversation:
             answer.append(piece)
             show(piece)
 
-        with contextlib.suppress(KeyboardInterrupt):
-            write(self.model, self.tokenizer, [request], self.stop, keep, self.banned)
+        with contextlib.suppress(KeyboardInterrupt), interruptible() as interrupted:
+            write(self.model, self.tokenizer, [request], self.stop, keep, self.banned, interrupted)
         self.messages = [*messages, chat.Message("assistant", "".join(answer))]
         self.answers += 1
         return forgotten
